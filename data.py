@@ -1,0 +1,510 @@
+"""Climate arrays in and out: the built-in weather, your own files, transforms, windows, statistics, written samples.
+
+A field is stored as frames (time, y, x) per variable, in physical units; a clip is `frames` consecutive time steps,
+(C, T, H, W), standardised to mean 0 and variance 1 for the network. NaN is "no data" everywhere.
+"""
+import math
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the built-in weather: a damped, advected stochastic heat equation, censored and raised to a power (DESCRIPTION below)
+
+CELL_KM, ELL_KM, WIND_KM_H = 8.8, 300.0, 25.0  # grid spacing, correlation length, wind from the west
+MEAN_SHARE, MEAN_HOURS, MEMORY_HOURS = 0.4, 48.0, 12.0  # the k = 0 mode: its variance and memory; memory at k = 0+
+THRESHOLD, POWER, RATE = 0.80, 2.4, 0.85  # rain = RATE s(y, x) max(0, z - THRESHOLD)^POWER mm/h
+SEASONAL = 0.05  # the threshold moves by this over the year: wetter winters
+SEASONS, SEASON_HOURS = 80, 1440  # 20 years of four seasons, the first 60 days of each: 115200 frames
+
+
+def spectrum(size):
+    """Stationary variance, decay rate per hour and phase per hour of every Fourier mode, (M, M) each, M = 2 size.
+
+    z_k(t + h) = exp(-r_k h - i k.U h) z_k(t) + sqrt(S_k (1 - exp(-2 r_k h))) xi on a doubly periodic box twice as wide
+    as the domain, so that the cropped domain is not periodic; S_k ~ (k^2 + (2 pi / ell)^2)^-2, total variance 1
+    (Sigrist, Kunsch and Stahel 2012; Hottovy and Stechmann 2015). The Nyquist modes are left out.
+    """
+    M = 2 * size
+    k = 2 * math.pi * torch.fft.fftfreq(M, CELL_KM, dtype=torch.float64)  # (M,) radians per km
+    k2 = k[:, None] ** 2 + k**2  # (M, M)
+    S = (k2 + (2 * math.pi / ELL_KM) ** 2) ** -2
+    S[0, 0] = S[M // 2] = S[:, M // 2] = 0
+    S = (1 - MEAN_SHARE) * S / S.sum()
+    rate = (1 + k2.sqrt() * ELL_KM / (2 * math.pi)) ** (2 / 3) / MEMORY_HOURS
+    S[0, 0], rate[0, 0] = MEAN_SHARE, 1 / MEAN_HOURS
+    return S, rate, (k * WIND_KM_H).expand(M, M)
+
+
+def gaussian_covariance(frames, size):
+    """Exact covariance of a `gaussian` clip of shape (frames, size, size) flattened: (D, D) float64."""
+    S, rate, phase = spectrum(size)
+    lags = torch.arange(frames, dtype=torch.float64)[:, None, None]
+    C = torch.fft.ifft2(S * torch.exp(-lags * (rate + 1j * phase)), norm="forward").real  # (frames, M, M)
+    t, y, x = (i.flatten() for i in torch.meshgrid(torch.arange(frames), *[torch.arange(size)] * 2, indexing="ij"))
+    dt, dy, dx = (i[:, None] - i for i in (t, y, x))
+    sign = torch.where(dt < 0, -1, 1)  # C(-h, -d) = C(h, d)
+    return C[dt.abs(), (sign * dy) % (2 * size), (sign * dx) % (2 * size)]
+
+
+def orography(size):
+    """The fixed, smooth rain factor s(y, x): hills in the west, a rain shadow behind them. (size, size) float32"""
+    y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2, indexing="ij")
+    hill = lambda y0, x0, w: np.exp(-((y - y0) ** 2 + (x - x0) ** 2) / (2 * w**2))
+    s = 0.9 + 0.9 * hill(0.35, 0.25, 0.12) + 0.6 * hill(0.7, 0.4, 0.15) - 0.35 * hill(0.45, 0.7, 0.2)
+    return s.astype(np.float32)
+
+
+def threshold(season):
+    """Censoring threshold c of a season (0 is winter)."""
+    return THRESHOLD - SEASONAL * np.cos(np.pi / 2 * season)
+
+
+def rain_cdf(q, size):
+    """Exact P(R <= q) of `climate` in every cell, over whole years: q (n,) mm/h -> (n, size, size)."""
+    root = (np.asarray(q, np.float64)[:, None, None] / (RATE * orography(size))) ** (1 / POWER)
+    return np.mean([torch.special.ndtr(torch.from_numpy(threshold(k) + root)).numpy() for k in range(4)], axis=0)
+
+
+def generate(path, kind, size, seed):
+    """Write the built-in data: (SEASONS * SEASON_HOURS, size, size) float32 .npy, through a temporary file."""
+    S, rate, phase = spectrum(size)
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.exp(-rate - 1j * phase).to(torch.complex64)
+    kick = (S * -torch.expm1(-2 * rate)).sqrt().to(torch.complex64)
+    draw = lambda: math.sqrt(2) * torch.randn(SEASONS // 2, *S.shape, dtype=torch.complex64, generator=generator)
+    scale = torch.from_numpy(RATE * orography(size))
+    c = torch.from_numpy(threshold(np.arange(SEASONS))).float()[:, None, None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (SEASONS, SEASON_HOURS, size, size))
+        z = S.sqrt() * draw()
+        for hour in tqdm(range(SEASON_HOURS), desc=f"making {path}", unit="h"):
+            field = torch.fft.ifft2(z, norm="forward")[:, :size, :size]  # real and imaginary part: two seasons
+            field = torch.stack([field.real, field.imag], 1).flatten(0, 1)  # (SEASONS, size, size)
+            out[:, hour] = field if kind == "gaussian" else scale * (field - c).clamp(min=0) ** POWER
+            z = decay * z + kick * draw()
+        out.flush()
+        del out
+        np.load(temporary, mmap_mode="r")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading: every source becomes a Climate, frames (time, y, x) per variable with coordinates and times
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what and what to do."""
+
+
+class Climate:
+    """A record of C variables on one grid, read by frame; large arrays stay on disk.
+
+    pieces: consecutive stretches of the record, each a list of C array-likes (n, H, W); hours: (N,) float64, increasing
+    within a run (any other step is a gap); names, attrs: per variable; dims: names of (y, x); coords: {name: {"dims",
+    "values", "attrs"}}; calendar; block: frames per block of the train/test split, or None for the default.
+    """
+
+    def __init__(self, pieces, hours, names, attrs, dims=("y", "x"), coords=None, calendar="standard", block=None):
+        self.pieces, self.hours, self.names, self.attrs = pieces, np.asarray(hours, np.float64), names, attrs
+        self.dims, self.coords, self.calendar, self.block = tuple(dims), coords or {}, calendar, block
+        self.ends = np.cumsum([len(p[0]) for p in pieces])
+        self.size = tuple(pieces[0][0].shape[1:])  # (H, W)
+        steps = np.diff(self.hours)
+        self.step_hours = float(np.median(steps[steps > 0])) if (steps > 0).any() else 1.0
+
+    def __len__(self):
+        return len(self.hours)
+
+    def frames(self, start, stop):
+        """Frames [start, stop) in physical units, (C, T, H, W) float32; NaN (and infinities) are no data."""
+        parts, begin = [], 0
+        for piece, end in zip(self.pieces, self.ends):
+            lo, hi = max(start, begin), min(stop, end)
+            if lo < hi:
+                parts.append(np.stack([np.asarray(a[lo - begin : hi - begin], np.float32) for a in piece]))
+            begin = end
+        x = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+        return np.where(np.isfinite(x), x, np.float32(np.nan))
+
+    def wraps(self):
+        """True if x is a longitude that goes all the way round."""
+        c = self.coords.get(self.dims[1])
+        if c is None or len(c["dims"]) != 1 or not str(c["attrs"].get("units", "degrees_east")).startswith("degree"):
+            return False
+        step = np.diff(np.asarray(c["values"], np.float64))
+        return len(step) > 2 and np.ptp(step) < 0.01 * abs(step[0]) and abs(abs(step[0]) * (len(step) + 1) - 360) < abs(step[0]) / 2
+
+
+def builtin(kind, size, seed, folder="data"):
+    """The built-in `climate` (rain, mm/h) or `gaussian` (its latent field) data, made once and memory-mapped."""
+    path = Path(folder) / f"{kind}_{size}_seed{seed}.npy"
+    if not path.exists():
+        generate(path, kind, size, seed)
+    array = np.load(path, mmap_mode="r")
+    array = array.reshape(-1, size, size)
+    hours = (np.arange(SEASONS)[:, None] * 90 * 24 + np.arange(SEASON_HOURS)).ravel()  # 360-day years
+    km = {"units": "km", "long_name": "distance"}
+    coords = {d: {"dims": [d], "values": np.arange(size) * CELL_KM, "attrs": km} for d in ("y", "x")}
+    name, attrs = ("rain", {"units": "mm h-1", "long_name": "rain rate"}) if kind == "climate" else ("z", {"units": "1"})
+    return Climate([[array]], hours, [name], [attrs], ("y", "x"), coords, "360_day", SEASON_HOURS)
+
+
+TIME_NAMES, Y_NAMES, X_NAMES = (
+    ("time", "t", "valid_time", "date"),
+    ("latitude", "lat", "y", "rlat", "grid_latitude", "projection_y_coordinate", "nj", "south_north"),
+    ("longitude", "lon", "x", "rlon", "grid_longitude", "projection_x_coordinate", "ni", "west_east"),
+)
+
+
+def which_dim(ds, dim, axis, names):
+    """Is this dimension of the data set the given axis, by its CF attributes or its name?"""
+    attrs = ds[dim].attrs if dim in ds.coords else {}
+    return attrs.get("axis") == axis or attrs.get("standard_name") in names or dim.lower() in names
+
+
+def read_xarray(path, variables):
+    """NetCDF or Zarr by xarray: CF names and attributes, packed integers, any calendar; decoded lazily."""
+    try:
+        import xarray as xr
+    except ImportError:
+        raise InputError(f"reading {path} needs xarray: pip install xarray netCDF4 zarr cftime")
+    zarr = Path(path).is_dir()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            coder = xr.coders.CFDatetimeCoder(time_unit="s")
+            ds = xr.open_dataset(path, engine="zarr" if zarr else None, decode_times=coder, chunks=None)
+    except Exception as e:  # a damaged file, or the backend is not installed
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"cannot read {path}: {reason} (needs xarray with {'zarr' if zarr else 'netCDF4'})")
+    usable = {}
+    for name, da in ds.data_vars.items():
+        da = da.squeeze([d for d in da.dims if da.sizes[d] == 1 and not which_dim(ds, d, "T", TIME_NAMES)])
+        dims = [next((d for d in da.dims if which_dim(ds, d, *a)), None) for a in (("T", TIME_NAMES), ("Y", Y_NAMES), ("X", X_NAMES))]
+        if da.dtype.kind in "fiu" and None not in dims and len(da.dims) == 3:
+            usable[name] = da.transpose(*dims)
+    if not variables:
+        if not usable:
+            raise InputError(f"{path} has no variable with dimensions time, y, x; it has {', '.join(f'{k}{list(v.dims)}' for k, v in ds.data_vars.items())}")
+        variables = list(usable)
+    missing = [v for v in variables if v not in usable]
+    if missing:
+        raise InputError(f"{path} has no field '{missing[0]}' with dimensions time, y, x; choose --variables from {', '.join(usable) or 'none'}")
+    fields = [usable[v] for v in variables]
+    if len({f.shape for f in fields}) > 1 or len({f.dims for f in fields}) > 1:
+        raise InputError(f"the fields {', '.join(variables)} of {path} lie on different grids; choose one grid with --variables")
+    tdim, ydim, xdim = fields[0].dims
+    calendar, hours = "none", np.arange(fields[0].shape[0], dtype=np.float64)
+    if tdim in ds.coords:
+        t = ds[tdim].values
+        if t.dtype.kind == "M":
+            calendar, hours = "standard", t.astype("datetime64[s]").astype(np.float64) / 3600
+        elif t.dtype == object:
+            import cftime
+
+            calendar = t[0].calendar
+            hours = np.asarray(cftime.date2num(t, "hours since 1850-01-01", calendar=calendar), np.float64)
+        else:
+            hours = t.astype(np.float64)
+    coords = {}
+    for name, c in fields[0].coords.items():
+        if c.dtype.kind in "fiu" and c.ndim and set(c.dims) <= {ydim, xdim}:
+            coords[name] = {"dims": list(c.dims), "values": c.values, "attrs": plain(c.attrs)}
+    attrs = [plain(f.attrs) for f in fields]
+    fits = sum(f.size for f in fields) * 4 < 2**30  # small enough to hold; larger ones are read window by window
+    arrays = [f.values if fits else f for f in fields]
+    return Climate([arrays], hours, list(variables), attrs, (ydim, xdim), coords, calendar)
+
+
+def plain(attrs):
+    """Attributes as plain strings and numbers, the only ones a checkpoint holds."""
+    keep = {k: v.item() if isinstance(v, np.generic) else v for k, v in attrs.items()}
+    return {k: v for k, v in keep.items() if isinstance(v, (str, int, float)) and not k.startswith("_") and k != "grid_mapping"}
+
+
+def read_numpy(path, variables):
+    """.npy: (time, y, x) or (time, channel, y, x). .npz: one array (time, y, x) per variable, 1-D time (hours), y and x."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {Path(path).stem: loaded}
+    except Exception as e:
+        raise InputError(f"cannot read {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+    fields = {k: a for k, a in arrays.items() if a.ndim == 3 and a.dtype.kind in "fiu"}
+    for k, a in arrays.items():
+        if a.ndim == 4 and a.dtype.kind in "fiu":
+            fields.update({f"{k}_{i}" if a.shape[1] > 1 else k: a[:, i] for i in range(a.shape[1])})
+    for v in variables:
+        if v not in fields:
+            raise InputError(f"{path} has no field '{v}' with dimensions time, y, x; choose --variables from {', '.join(fields) or 'none'}")
+    names = list(variables) or list(fields)
+    if not names:
+        raise InputError(f"{path} has no array of shape (time, y, x) or (time, channel, y, x)")
+    if len({fields[n].shape for n in names}) > 1:
+        raise InputError(f"the fields {', '.join(names)} of {path} have different shapes; choose one grid with --variables")
+    n, H, W = fields[names[0]].shape
+    axis = lambda keys, length: next((arrays[k] for k in arrays if k.lower() in keys and arrays[k].shape == (length,)), None)
+    hours = axis(TIME_NAMES, n)
+    coords = {d: {"dims": [d], "values": np.array(v), "attrs": {}} for d, v in (("y", axis(Y_NAMES, H)), ("x", axis(X_NAMES, W))) if v is not None}
+    return Climate([[fields[k] for k in names]], np.arange(n) if hours is None else hours, names, [{} for _ in names], ("y", "x"), coords, "none")
+
+
+def open_climate(dataset, variables="", size=32, seed=0):
+    """`climate`, `gaussian`, or a path: .npy, .npz, NetCDF, Zarr, or a folder of such files in order of their names."""
+    if dataset in ("climate", "gaussian"):
+        return builtin(dataset, size, seed)
+    path, wanted = Path(dataset), [v.strip() for v in variables.split(",") if v.strip()]
+    if not path.exists():
+        raise InputError(f"dataset '{dataset}' is neither climate, gaussian nor an existing file or folder")
+    is_zarr = lambda p: p.is_dir() and any((p / f).exists() for f in ("zarr.json", ".zgroup", ".zmetadata"))
+    read = lambda p: read_numpy(p, wanted) if p.suffix in (".npy", ".npz") else read_xarray(p, wanted)
+    if not path.is_dir() or is_zarr(path):
+        return read(path)
+    known = (".npy", ".npz", ".nc", ".nc4", ".cdf", ".h5")
+    files = sorted(p for p in path.iterdir() if p.suffix in known or is_zarr(p))
+    if not files:
+        raise InputError(f"folder {dataset} holds no {', '.join(known)} or Zarr data")
+    parts = [read(p) for p in files]
+    first = parts[0]
+    for p, f in zip(parts, files):
+        if p.size != first.size or len(p.names) != len(first.names):
+            raise InputError(f"{f} has another grid or other variables than {files[0]}; give each its own folder")
+    if first.calendar == "none" and all(p.hours[0] == 0 for p in parts):  # no times: one file a run of its own
+        starts = np.cumsum([0] + [len(p) + 1e6 for p in parts[:-1]])
+        hours = np.concatenate([p.hours + s for p, s in zip(parts, starts)])
+    else:
+        hours = np.concatenate([p.hours for p in parts])
+    return Climate([p.pieces[0] for p in parts], hours, first.names, first.attrs, first.dims, first.coords, first.calendar)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# windows and batches
+
+
+def split_windows(climate, frames):
+    """Starts of all clips of `frames` consecutive frames, (train, test): every fifth contiguous block is test data.
+
+    A clip lies within one block and never crosses a gap (a step that is not positive, or over 1.5 times the median).
+    """
+    N = len(climate)
+    if N < 2 * frames:
+        raise InputError(f"the dataset has {N} frames; clips of --frames={frames} need at least {2 * frames}")
+    block = climate.block or max(N // min(max(N // (4 * frames), 5), 50), frames)
+    if block < frames:
+        raise InputError(f"--frames={frames} is longer than a block of {block} consecutive frames")
+    steps = np.diff(climate.hours)
+    gap = (steps <= 0) | (steps > 1.5 * climate.step_hours)  # (N - 1,) between i and i + 1
+    crossed = np.concatenate([[0], np.cumsum(gap)])
+    starts = np.arange(N - frames + 1)
+    last = starts + frames - 1
+    starts = starts[(crossed[last] == crossed[starts]) & (starts // block == last // block)]
+    blocks = max(N // block, 1)
+    number = np.minimum(starts // block, blocks - 1 if N % block < frames else blocks)
+    test = number % 5 == 4 if blocks >= 5 else number == number.max(initial=0)
+    train, test = starts[~test], starts[test]
+    if not len(train) or not len(test):
+        raise InputError(f"no clips of --frames={frames} consecutive frames for both training and test: too many gaps or too few frames")
+    return train, test
+
+
+def covered_frames(starts, frames):
+    """The frames that a set of clips touches, sorted."""
+    return np.unique(starts[:, None] + np.arange(frames))
+
+
+def apart(starts, frames):
+    """The clips among these that do not overlap, first come first taken: for statistics, not for training."""
+    chosen, end = [], -1
+    for s in starts:
+        if s >= end:
+            chosen.append(s)
+            end = s + frames
+    return np.array(chosen)
+
+
+def pick(starts, seed, step, count):
+    """`count` clip starts for one batch: a function of (seed, step) alone."""
+    return starts[np.random.default_rng([seed, *np.atleast_1d(step)]).integers(0, len(starts), count)]
+
+
+def clips(climate, starts, frames):
+    """Physical clips at the given starts, (B, C, T, H, W) float32 with NaN."""
+    return np.stack([climate.frames(s, s + frames) for s in starts])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
+
+TRANSFORMS = {  # odd functions, so that they hold for either sign
+    "none": (lambda x, s: x, lambda y, s: y),
+    "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
+    "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3),
+    "log": (lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s), lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s),
+}
+
+
+def fit_transform(climate, train_starts, frames, names):
+    """One plain dict per variable, fitted on the training clips alone (at most about 4e6 values of each, evenly spaced).
+
+    names: one name for all variables or one each, comma-separated; 'auto' is cbrt for a variable with floor 0, else
+    none. A variable has a floor (rain: 0) if over 5 % of its values equal its minimum: what is written never lies below.
+    """
+    names = [n.strip() for n in names.split(",")]
+    names = names * len(climate.names) if len(names) == 1 else names
+    if len(names) != len(climate.names):
+        raise InputError(f"--transform names {len(names)} transforms for {len(climate.names)} variables ({', '.join(climate.names)})")
+    index = covered_frames(train_starts, frames)
+    stride = max(1, int(len(index) * np.prod(climate.size) / 4e6))
+    sample = np.concatenate([climate.frames(i, i + 1) for i in index[::stride]], 1)  # (C, n, H, W)
+    fitted = []
+    for name, variable, x in zip(names, climate.names, sample):
+        if name not in ("auto", *TRANSFORMS):
+            raise InputError(f"transform '{name}' is not one of auto, {', '.join(TRANSFORMS)}")
+        x = x[np.isfinite(x)].astype(np.float64)
+        if not len(x):
+            raise InputError(f"variable '{variable}' has no finite values in the training clips")
+        if x.min() == x.max():
+            raise InputError(f"variable '{variable}' is constant ({x.min():g}) in the training clips: there is nothing to learn")
+        floor = float(x.min()) if np.mean(x == x.min()) > 0.05 else None
+        if name == "auto":
+            name = "cbrt" if floor == 0 else "none"
+        scale = float(np.median(np.abs(x[x != 0])))
+        y = TRANSFORMS[name][0](x, scale)
+        mean, std = float(y.mean()), float(y.std())
+        low, high = float((y.min() - mean) / std), float((y.max() - mean) / std)  # range of the standardised values
+        fitted.append({"name": name, "scale": scale, "floor": floor, "mean": mean, "std": std, "low": low, "high": high})
+    return fitted
+
+
+def normalise(x, transform):
+    """Physical (..., C, T, H, W) with NaN -> standardised torch float32 with 0 for no data, and the mask (1 is data)."""
+    y = np.stack([(TRANSFORMS[f["name"]][0](x[..., i, :, :, :], f["scale"]) - f["mean"]) / f["std"] for i, f in enumerate(transform)], -4)
+    mask = np.isfinite(y)
+    return torch.from_numpy(np.where(mask, y, 0).astype(np.float32)), torch.from_numpy(mask.astype(np.float32))
+
+
+def denormalise(y, transform, valid=None):
+    """The inverse, (..., C, T, H, W) torch -> numpy float32; never below a variable's floor; NaN where valid (C, 1, H, W) is 0."""
+    y = y.detach().cpu().numpy().astype(np.float64)
+    x = np.stack([TRANSFORMS[f["name"]][1](y[..., i, :, :, :] * f["std"] + f["mean"], f["scale"]) for i, f in enumerate(transform)], -4)
+    for i, f in enumerate(transform):
+        if f["floor"] is not None:
+            x[..., i, :, :, :] = np.maximum(x[..., i, :, :, :], f["floor"])
+    return (x if valid is None else np.where(np.asarray(valid) > 0, x, np.nan)).astype(np.float32)
+
+
+def valid_cells(climate, index):
+    """1 where a cell ever has data in the given frames (looked at 200 of them), else 0. (C, 1, H, W) float32"""
+    look = index[:: max(1, len(index) // 200)]
+    return np.any([np.isfinite(climate.frames(i, i + 1)) for i in look], axis=0).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# verification: pure functions of physical clips of one variable, (N, T, H, W), NaN-aware
+
+QUANTILES = (0.9, 0.99, 0.999, 0.9999)
+
+
+def filled(x):
+    """No data replaced by the field's mean, so that spectra can be taken; the same for samples and truth."""
+    return np.where(np.isfinite(x), x, np.nanmean(x))
+
+
+def spatial_spectrum(x):
+    """Radially averaged power of single frames against wavenumber in cycles per cell. Two (K,) arrays."""
+    H, W = x.shape[-2:]
+    power = (np.abs(np.fft.fft2(filled(x))) ** 2).mean((0, 1)) / (H * W)  # (H, W)
+    k = np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W))
+    n = min(H, W)
+    ring = np.rint(k * n).astype(int)
+    total, count = np.bincount(ring.ravel(), power.ravel()), np.bincount(ring.ravel())
+    rings = np.arange(1, n // 2 + 1)
+    return rings / n, total[rings] / count[rings]
+
+
+def temporal_spectrum(x):
+    """Power of a cell's time series, averaged over cells, against frequency in cycles per time step. Two (K,) arrays."""
+    T = x.shape[1]
+    power = (np.abs(np.fft.rfft(filled(x), axis=1)) ** 2).mean((0, 2, 3)) / T
+    return np.arange(1, T // 2 + 1) / T, power[1:]
+
+
+def autocorrelation(x):
+    """Correlation of a cell with itself `lag` frames later, lag 0 .. T-1, about the overall mean. (T,)"""
+    a = x - np.nanmean(x)
+    T = x.shape[1]
+    return np.array([np.nanmean(a[:, : T - lag] * a[:, lag:]) for lag in range(T)]) / np.nanmean(a**2)
+
+
+def compare(samples, truth, floor=None, dry=0.01):
+    """Statistics of sampled against true clips, a dict of plain values for verify.json.
+
+    Errors of quantiles, spectra and the mean map are relative for a variable with a floor (rain) and in units of the
+    true standard deviation otherwise (relative errors of kelvins mean nothing); spectra are always relative.
+    """
+    scale = float(np.nanstd(truth))
+    q, p = (np.nanquantile(a, QUANTILES) for a in (samples, truth))
+    mean_s, mean_p = samples.mean((0, 1)), truth.mean((0, 1))  # (H, W), NaN where there is no data
+    bias = (mean_s - mean_p) / (mean_p if floor is not None else scale)
+    out = {"samples": len(samples), "held_out_clips": len(truth), "mean": [float(np.nanmean(samples)), float(np.nanmean(truth))]}
+    out["std"] = [float(np.nanstd(samples)), scale]
+    if floor is not None:
+        wet = [a[np.isfinite(a)] > floor + dry for a in (samples, truth)]
+        out["dry_fraction"] = [float(1 - w.mean()) for w in wet]
+    relative = [abs(b) for b in p] if floor is not None else [scale] * len(p)
+    out["quantiles"] = {str(l): [float(a), float(b), float((a - b) / (r or 1))] for l, a, b, r in zip(QUANTILES, q, p, relative)}
+    for name, f in (("spatial_power", spatial_spectrum), ("temporal_power", temporal_spectrum)):
+        (k, a), (_, b) = f(samples), f(truth)
+        if len(k):
+            ratio = a / np.maximum(b, 1e-30)
+            out[name] = {"frequency": k.tolist(), "samples": a.tolist(), "held_out": b.tolist()}
+            out[name] |= {"median_error": float(np.median(abs(ratio - 1))), "worst_error": float(np.max(abs(ratio - 1)))}
+    out["autocorrelation"] = [autocorrelation(samples).tolist(), autocorrelation(truth).tolist()]
+    out["mean_abs_bias"] = float(np.nanmean(np.abs(bias[np.isfinite(bias)]))) if np.isfinite(bias).any() else None
+    out["bias_map"] = [[None if not np.isfinite(v) else round(float(v), 4) for v in row] for row in bias]
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing samples
+
+
+def write_samples(folder, x, meta, history):
+    """samples.npz, and samples.nc where xarray is installed. x (N, C, T, H, W) physical; meta: see train.describe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    coords = {k: np.asarray(c["values"]) for k, c in meta["coords"].items()}
+    hours = np.arange(x.shape[2]) * meta["step_hours"]
+    dims = ("realization", "time", *meta["dims"])
+    arrays = {"samples": x, "channel": np.array(meta["names"]), "units": np.array([str(a.get("units", "1")) for a in meta["attrs"]]), "time": hours, **coords}
+    replace(folder / "samples.npz", lambda f: np.savez(f, dims=np.array(["sample", "channel", "time", *meta["dims"]]), **arrays))
+    try:
+        import xarray as xr
+    except ImportError:
+        return ["samples.npz"]
+    ds = xr.Dataset(
+        {n: (dims, x[:, i], a) for i, (n, a) in enumerate(zip(meta["names"], meta["attrs"]))},
+        {k: (tuple(c["dims"]), coords[k], c["attrs"]) for k, c in meta["coords"].items()},
+        {"Conventions": "CF-1.8", "history": history},
+    )
+    ds["realization"] = ("realization", np.arange(len(x)), {"standard_name": "realization"})
+    ds["time"] = ("time", hours, {"standard_name": "forecast_period", "long_name": "time since the first frame", "units": "hours"})
+    replace(folder / "samples.nc", lambda f: ds.to_netcdf(f, engine="netcdf4", encoding={n: {"_FillValue": np.float32(np.nan), "zlib": True} for n in meta["names"]}))
+    return ["samples.npz", "samples.nc"]
+
+
+def replace(path, write):
+    """Write to a temporary file beside `path` and move it there, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,472 @@
+"""Diffusion models in one notation: every process, loss, likelihood and sampler through the log-SNR.
+
+    z = alpha x + sigma eps,   alpha^2 = sigmoid(logsnr),   sigma^2 = sigmoid(-logsnr),   eps ~ N(0, 1)
+
+A discrete chain is a grid of log-SNRs, a schedule is the quantile function of a density of log-SNRs, the
+variance-exploding process is z / alpha, and everything meets at one contract:
+
+    denoise(z, logsnr) -> x_hat      z: (B, ...), logsnr: (B,), x_hat: (B, ...), the estimate of E[x | z]
+
+Pure tensor functions: no modules, no files, no progress bars. Grids and coefficients are float64 on the CPU (a 0-dim
+CPU tensor multiplies a tensor on any device, in that tensor's dtype, without a synchronisation), fields are whatever
+the caller brings. Nothing here computes 1 - alpha^2: at |logsnr| = 30 that is lost to rounding.
+
+Papers by their short names: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), SDE (Song et al. 2021, score-based
+SDEs), NCSN (Song and Ermon 2019), VDM (Kingma et al. 2021), EDM (Karras et al. 2022), DPM++ (Lu et al. 2022),
+distillation (Salimans and Ho 2022), min-SNR (Hang et al. 2023), K&G (Kingma and Gao 2023).
+"""
+import math
+from functools import partial
+
+import torch
+from torch.nn.functional import logsigmoid, softplus
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the forward process
+
+
+def expand(a, x):
+    """Append dimensions to a (B,) until it broadcasts against x (B, ...)."""
+    return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+
+
+def alpha_sigma(logsnr):
+    """Signal and noise scales of the variance-preserving process, any shape, accurate for |logsnr| up to 80."""
+    return (0.5 * logsigmoid(logsnr)).exp(), (0.5 * logsigmoid(-logsnr)).exp()
+
+
+def diffuse(x, logsnr, eps):
+    """Draw z ~ q(z | x) = N(alpha x, sigma^2): x, eps (B, ...), logsnr (B,) -> z (B, ...). DDPM eq. 4."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return expand(alpha, x).to(x) * x + expand(sigma, x).to(x) * eps
+
+
+def renoise(z, logsnr_s, logsnr_t, eps):
+    """Draw z_t ~ q(z_t | z_s) for a noisier t: the Markov transition alpha_{t|s} z_s + sigma_{t|s} eps. VDM eq. 21."""
+    ratio = (0.5 * (logsigmoid(logsnr_t) - logsigmoid(logsnr_s))).exp()  # alpha_{t|s}
+    std = (0.5 * logsigmoid(-logsnr_t)).exp() * (-torch.expm1(logsnr_t - logsnr_s)).sqrt()  # sigma_{t|s}
+    return expand(ratio, z).to(z) * z + expand(std, z).to(z) * eps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# schedules: t in [0, 1] (0 data, 1 noise) to log-SNR. Uniform t makes each the quantile function of a density
+
+SCHEDULES = ("cosine", "linear", "logsnr", "flow", "normal", "rho", "ddpm")
+BETA_MIN, BETA_MAX = 0.1, 20.0  # the VP-SDE's linear beta; DDPM's 1e-4 .. 0.02 times 1000 steps
+NORMAL_MEAN, NORMAL_STD = 1.0, 2.4  # EDM's training density for data of unit variance
+
+
+def ddpm_logsnrs(num_steps=1000):
+    """The exact discrete DDPM, betas 1e-4 .. 0.02: log-SNR of z_1 .. z_n, decreasing, (num_steps,) float64."""
+    log_abar = torch.log1p(-torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64)).cumsum(0)
+    return log_abar - torch.log(-torch.expm1(log_abar))
+
+
+def schedule_cdf(logsnr, name, logsnr_min, logsnr_max):
+    """The untruncated time u in [0, 1] at which the process `name` has this log-SNR: the inverse of its schedule."""
+    if name == "cosine":
+        return 2 / math.pi * torch.atan((-0.5 * logsnr).exp())
+    if name == "linear":  # G = -log alpha^2 = bmin u + (bmax - bmin) u^2 / 2, solved without cancellation
+        G = softplus(-logsnr)
+        return (2 * G / (BETA_MIN + (BETA_MIN**2 + 2 * (BETA_MAX - BETA_MIN) * G).sqrt())).clamp(max=1)
+    if name == "flow":  # alpha' = 1 - u, sigma' = u
+        return torch.sigmoid(-0.5 * logsnr)
+    if name == "normal":
+        return torch.special.ndtr((NORMAL_MEAN - logsnr) / NORMAL_STD)
+    if name == "rho":  # EDM eq. 5 with rho = 7, on sigma / alpha = exp(-logsnr / 2)
+        low, high = math.exp(-logsnr_max / 14), math.exp(-logsnr_min / 14)
+        return ((-logsnr / 14).exp() - low) / (high - low)
+    if name == "logsnr":
+        return (logsnr_max - logsnr) / (logsnr_max - logsnr_min)
+    raise ValueError(f"schedule '{name}' is not one of {', '.join(SCHEDULES)}")
+
+
+def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0):
+    """Log-SNR at time t, float64, same shape as t; strictly decreasing ('ddpm': a step function of 1000 levels).
+
+    cosine   -2 log tan(pi u / 2)                (distillation; Foster's offset cosine is logsnr in [-7.824, 2.2255])
+    linear   -log expm1(0.1 u + 19.9 u^2 / 2)    (DDPM and the VP-SDE in continuous time; ends at -10.05)
+    ddpm     the same as the exact chain of 1000 steps (t in (i-1, i]/1000 is z_i)
+    logsnr   linear in u                         (VDM; NCSN's geometric noise levels; EDM's log-uniform sigma)
+    flow     2 log((1 - u) / u)                  (rectified flow; rescaling z makes it the same process)
+    normal   quantiles of Normal(1, 2.4^2)       (EDM's training density)
+    rho      (sigma/alpha)^(1/7) linear in u     (EDM's sampling grid)
+
+    Truncation to [logsnr_min, logsnr_max] is u = u(logsnr_max) + (u(logsnr_min) - u(logsnr_max)) t.
+    shift adds 2 log(shift): below 1 it moves the density towards noise (simple diffusion, Hoogeboom et al. 2023).
+    """
+    t = torch.as_tensor(t).to("cpu", torch.float64)
+    offset = 2 * math.log(shift)
+    lo, hi = logsnr_min - offset, logsnr_max - offset
+    if name == "ddpm":
+        table = ddpm_logsnrs()
+        l = table[(torch.ceil(t * len(table)).long() - 1).clamp(0, len(table) - 1)]
+    else:
+        ends = torch.tensor([hi, lo], dtype=torch.float64)
+        u0, u1 = schedule_cdf(ends, name, lo, hi).unbind()
+        u = u0 + (u1 - u0) * t
+        if name == "cosine":
+            l = -2 * torch.log(torch.tan(math.pi / 2 * u))
+        elif name == "linear":
+            l = -torch.log(torch.expm1(BETA_MIN * u + (BETA_MAX - BETA_MIN) / 2 * u**2))
+        elif name == "flow":
+            l = 2 * (torch.log1p(-u) - torch.log(u))
+        elif name == "normal":
+            l = NORMAL_MEAN - NORMAL_STD * torch.special.ndtri(u)
+        elif name == "rho":
+            low, high = math.exp(-hi / 14), math.exp(-lo / 14)
+            l = -14 * torch.log(low + (high - low) * u)
+        else:
+            l = hi + (lo - hi) * u
+    return (l + offset).clamp(logsnr_min, logsnr_max)
+
+
+def log_density(logsnr, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0):
+    """log p(logsnr) of the log-SNRs that uniform t gives, = -log |dlogsnr/dt|, float64, any shape."""
+    if name == "ddpm":
+        raise ValueError("schedule 'ddpm' is a discrete chain and has no density of log-SNR: use 'linear'")
+    offset = 2 * math.log(shift)
+    lo, hi = logsnr_min - offset, logsnr_max - offset
+    with torch.enable_grad():
+        l = (torch.as_tensor(logsnr).to("cpu", torch.float64) - offset).detach().requires_grad_()
+        slope = torch.autograd.grad(schedule_cdf(l, name, lo, hi).sum(), l)[0]
+    u0, u1 = schedule_cdf(torch.tensor([hi, lo], dtype=torch.float64), name, lo, hi).unbind()
+    return torch.log(-slope / (u1 - u0))
+
+
+def stratified_times(batch_size, generator=None):
+    """t_i = (u + i / B) mod 1: one uniform draw spread evenly over the batch (VDM app. I.1). (B,) float64."""
+    u = torch.rand((), generator=generator, dtype=torch.float64)
+    return (u + torch.arange(batch_size, dtype=torch.float64) / batch_size) % 1
+
+
+def sampling_grid(num_steps, spacing="time", logsnr_min=-30.0, logsnr_max=30.0, schedule="cosine", shift=1.0):
+    """The log-SNRs a sampler visits, noise first: (num_steps + 1,) float64, the last one +inf (no noise: z = x_hat).
+
+    spacing: 'time' is even in the schedule's own t, 'logsnr' even in log-SNR, 'rho' is EDM's.
+    """
+    t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
+    name = schedule if spacing == "time" else spacing
+    return torch.cat([logsnr_schedule(t, name, logsnr_min, logsnr_max, shift), t.new_tensor([math.inf])])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parameterisations: what the network's output F means
+
+PARAMS = ("v", "eps", "x", "score")
+
+
+def target(x, eps, logsnr, param):
+    """What F should be: v = alpha eps - sigma x (distillation eq. 9), eps (DDPM), x, or score = -eps / sigma (DSM)."""
+    alpha, sigma = (expand(a, x).to(x) for a in alpha_sigma(logsnr))
+    return {"v": lambda: alpha * eps - sigma * x, "eps": lambda: eps, "x": lambda: x, "score": lambda: -eps / sigma}[param]()
+
+
+def to_x(F, z, logsnr, param):
+    """x_hat from the network's output. Only 'v' and 'x' need no division by alpha."""
+    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
+    if param == "v":
+        return alpha * z - sigma * F
+    if param == "x":
+        return F
+    return (z - sigma * F) / alpha if param == "eps" else (z + sigma**2 * F) / alpha
+
+
+def to_eps(x_hat, z, logsnr):
+    """eps_hat = (z - alpha x_hat) / sigma; the score is -eps_hat / sigma and v_hat = (alpha z - x_hat) / sigma."""
+    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
+    return (z - alpha * x_hat) / sigma
+
+
+def to_v(x_hat, z, logsnr):
+    """v_hat = (alpha z - x_hat) / sigma."""
+    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
+    return (alpha * z - x_hat) / sigma
+
+
+def make_denoiser(network, param, cond=None):
+    """Turn network(z, logsnr, cond) -> F into denoise(z, logsnr) -> x_hat, computed in z's dtype."""
+    return lambda z, logsnr: to_x(network(z, logsnr.to(z.dtype), cond).to(z.dtype), z, logsnr, param)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses
+
+WEIGHTINGS = ("v", "eps", "x", "truncated_snr", "min_snr", "sigmoid", "elbo")
+
+
+def log_weight(logsnr, weighting, log_p=None, gamma=5.0, bias=2.0):
+    """log of the factor m on the squared error of v. In K&G's form 1/2 E_p[w/p |eps - eps_hat|^2], w = 2 p m / alpha^2:
+
+    v              m = 1                       w = 2 p / alpha^2             (SNR + 1 on x)
+    eps            m = alpha^2                 w = 2 p                       (DDPM's L_simple)
+    x              m = sigma^2                 w = 2 p / SNR
+    truncated_snr  m = max(SNR, 1) sigma^2     w = 2 p max(1, 1 / SNR)       (distillation)
+    min_snr        m = min(SNR, 5) / (SNR + 1) w = 2 p min(1, 5 / SNR)
+    elbo           m = alpha^2 / (2 p)         w = 1                         (VDM eq. 14; needs log_p = log p)
+    sigmoid        m = elbo sigmoid(2 - l)     w = sigmoid(2 - logsnr)       (K&G; needs log_p)
+    """
+    if weighting == "v":
+        return torch.zeros_like(logsnr)
+    if weighting == "eps":
+        return logsigmoid(logsnr)
+    if weighting == "x":
+        return logsigmoid(-logsnr)
+    if weighting == "truncated_snr":
+        return logsnr.clamp(min=0) + logsigmoid(-logsnr)
+    if weighting == "min_snr":
+        return logsnr.clamp(max=math.log(gamma)) - softplus(logsnr)
+    elbo = logsigmoid(logsnr) - log_p.to(logsnr) - math.log(2)
+    if weighting == "elbo":
+        return elbo
+    if weighting == "sigmoid":
+        return elbo + logsigmoid(bias - logsnr)
+    raise ValueError(f"weighting '{weighting}' is not one of {', '.join(WEIGHTINGS)}")
+
+
+def log_v_factor(logsnr, param):
+    """log of |error of v|^2 / |error of F|^2: 1 for v, 1/alpha^2 for eps, 1/sigma^2 for x, sigma^2/alpha^2 for score."""
+    return {"v": 0 * logsnr, "eps": -logsigmoid(logsnr), "x": -logsigmoid(-logsnr), "score": -logsnr}[param]
+
+
+def masked_mean(a, mask=None):
+    """Mean over all but the first dimension, over the entries where mask (broadcastable, 0 or 1) is 1. (B,)"""
+    if mask is None:
+        return a.flatten(1).mean(1)
+    mask = mask.expand_as(a)
+    return (a * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+
+
+def training_loss(network, x, logsnr, eps, param="v", weighting="v", log_p=None, mask=None, cond=None, power=2):
+    """The weighted loss of each sample (B,), and its plain squared v-error (B,), the same ruler for every setting.
+
+    x, eps (B, ...), logsnr (B,) float64; mask: 1 where x is data; power 1 is the absolute error with the root of the weight.
+    The weight and the conversion to v are joined in logs, so nothing overflows where they cancel.
+    """
+    z = diffuse(x, logsnr, eps)
+    F = network(z, logsnr.to(z), cond)
+    error = (F.to(z) - target(x, eps, logsnr, param)).abs()
+    log_factor = log_v_factor(logsnr, param)
+    weight = (power / 2 * (log_weight(logsnr, weighting, log_p) + log_factor)).exp()
+    v_error = masked_mean(error.detach() ** 2, mask) * log_factor.exp().to(z)
+    return weight.to(z) * masked_mean(error**power, mask), v_error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# likelihoods, in nats per sample: lower is better for bounds, log p is log p
+
+
+def prior_kl(x, logsnr_min):
+    """KL(q(z_1 | x) || N(0, 1)) = 1/2 sum(alpha^2 (x^2 - 1) - log sigma^2), L_T of DDPM eq. 5. (B,)"""
+    l = torch.as_tensor(logsnr_min, dtype=torch.float64)
+    return (0.5 * (torch.sigmoid(l) * (x.double() ** 2 - 1) + softplus(l))).flatten(1).sum(1)
+
+
+def reconstruction_nll(dim, logsnr_max):
+    """E[-log N(x; z_0 / alpha, e^-logsnr_max)] of `dim` real-valued entries: L_0, negative once the noise is small."""
+    return dim / 2 * (1 + math.log(2 * math.pi) - logsnr_max)
+
+
+def diffusion_nll(denoise, x, logsnr, eps, logsnr_min, logsnr_max):
+    """One-sample estimate of the continuous-time diffusion loss, logsnr (B,) uniform on the range. VDM eq. 17. (B,)"""
+    z = diffuse(x, logsnr, eps)
+    error = (eps - to_eps(denoise(z, logsnr), z, logsnr)) ** 2
+    return 0.5 * (logsnr_max - logsnr_min) * error.flatten(1).sum(1)
+
+
+def discrete_nll(denoise, x, logsnrs, eps):
+    """One-sample estimate of sum_t L_{t-1} of the T-step chain on finite logsnrs (T + 1,), noise first. (B,)
+
+    Every sample visits one random step, stratified over the batch; KL_t = 1/2 expm1(l_s - l_t) |eps - eps_hat|^2
+    (VDM eq. 13). Add prior_kl at logsnrs[0] and reconstruction_nll at logsnrs[-1] for the bound.
+    """
+    T = len(logsnrs) - 1
+    i = (stratified_times(len(x)) * T).long()  # (B,)
+    t, s = logsnrs[i], logsnrs[i + 1]
+    z = diffuse(x, t, eps)
+    error = (eps - to_eps(denoise(z, t), z, t)) ** 2
+    return (0.5 * T * torch.expm1(s - t)).to(x) * error.flatten(1).sum(1)
+
+
+def ode_velocity(denoise, z, logsnr):
+    """dz/dlogsnr of the probability-flow ODE = -1/2 alpha sigma v_hat = (alpha x_hat - alpha^2 z) / 2. SDE eq. 13."""
+    l = logsnr.expand(len(z))
+    alpha = expand(alpha_sigma(l)[0], z).to(z)
+    return 0.5 * alpha * (denoise(z, l.to(z.device)) - alpha * z)
+
+
+def rk4(f, y, logsnrs):
+    """Classical Runge-Kutta for dy/dlogsnr = f(y, logsnr) through the grid, either direction; yields y at each point."""
+    for t, s in zip(logsnrs[:-1], logsnrs[1:]):
+        h, mid = s - t, (t + s) / 2
+        k1 = f(y, t)
+        k2 = f(y + h / 2 * k1, mid)
+        k3 = f(y + h / 2 * k2, mid)
+        k4 = f(y + h * k3, s)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        yield y
+
+
+def ode_log_likelihood(denoise, x, logsnrs, probes=None):
+    """log p(x) by the instantaneous change of variables along the probability-flow ODE. SDE eq. 39. (B,) float64
+
+    logsnrs: finite grid, data first (decreasing). probes: (K, B, ...) of +-1 for Hutchinson's estimator of the
+    divergence, averaged over K; None is the exact trace, one backward pass per entry (small x only).
+    The field starts as z = alpha x, so log p(x) = log p(z) + dim log alpha.
+    """
+    dim = x[0].numel()
+    shape = x.shape
+
+    def augmented(state, logsnr):  # state (B, dim + 1): z and the accumulated divergence
+        with torch.enable_grad():
+            z = state[:, :-1].reshape(shape).detach().requires_grad_()
+            dz = ode_velocity(denoise, z, logsnr)
+            if probes is None:
+                rows = [torch.autograd.grad(dz.flatten(1)[:, i].sum(), z, retain_graph=True)[0].flatten(1)[:, i] for i in range(dim)]
+                div = torch.stack(rows).sum(0)
+            else:
+                div = sum((torch.autograd.grad((dz * p).sum(), z, retain_graph=True)[0] * p).flatten(1).sum(1) for p in probes) / len(probes)
+        return torch.cat([dz.detach().flatten(1), div[:, None]], 1)
+
+    log_alpha = 0.5 * logsigmoid(logsnrs[0])
+    state = torch.cat([log_alpha.exp() * x.flatten(1), x.new_zeros(len(x), 1)], 1)
+    for state in rk4(augmented, state, logsnrs):
+        pass
+    z, div = state[:, :-1].double(), state[:, -1].double()
+    log_prior = (-0.5 * z**2 - 0.5 * math.log(2 * math.pi)).sum(1)
+    return log_prior + div + dim * log_alpha.to(div)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# samplers: one loop, one update.  z_s = c z_t + (alpha_s - alpha_t c) D + noise, where
+#
+#   ancestral   c = r alpha_s / alpha_t      D = x_hat                  r = SNR_t / SNR_s
+#   DDIM        c = sigma_s / sigma_t        D = x_hat                  (eta between the two)
+#   DPM++(2M)   c of either (ODE or SDE)     D = x_hat extrapolated from the last two
+#   Heun        c = sigma_s / sigma_t        D = x_hat corrected with a second evaluation at s
+#   Langevin    c = alpha_s / alpha_t        (z / alpha stays) followed by Langevin steps at s
+
+
+def update(z, x_hat, t, s, eta=1.0, variance=0.0, noise=torch.randn_like):
+    """One step from log-SNR t to a larger s (0-dim float64 tensors). DDPM eq. 7 at eta 1, DDIM eq. 12 in general.
+
+    variance: 0 is the lower bound (1-r) sigma_s^2 (the true posterior for data of zero variance), 1 the upper
+    (1-r) sigma_t^2 (for unit-variance data), between them the interpolation in logs (Nichol and Dhariwal 2021, eq. 15).
+    At eta 0 the step is DDIM, z_s = cos(d) z + sin(d) v_hat in the angle atan(sigma / alpha).
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+    one_minus_r = -torch.expm1(t - s)
+    c = sigma_s / sigma_t * (1 - eta**2 * one_minus_r).sqrt()
+    z_s = c * z + (alpha_s - alpha_t * c) * x_hat
+    if eta == 0 or math.isinf(s):
+        return z_s
+    return z_s + eta * one_minus_r.sqrt() * sigma_s ** (1 - variance) * sigma_t**variance * noise(z)
+
+
+def single_step(denoise, z, t, s, noise, memory, eta=1.0, variance=0.0):
+    """Ancestral sampling (eta 1) and DDIM (eta 0 deterministic): first order, one evaluation."""
+    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    return update(z, x_hat, t, s, eta, variance, noise), x_hat, None
+
+
+def multistep(denoise, z, t, s, noise, memory, eta=0.0):
+    """DPM-Solver++(2M) (eta 0) and its SDE form (eta 1): second order, one evaluation; D from the last two x_hat."""
+    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    D = x_hat
+    if memory is not None and not math.isinf(s):
+        x_before, t_before = memory
+        D = x_hat + 0.5 * (s - t) / (t - t_before) * (x_hat - x_before)
+    return update(z, D, t, s, eta, 0.0, noise), x_hat, (x_hat, t)
+
+
+def heun(denoise, z, t, s, noise, memory, churn=0.0):
+    """EDM algorithm 2: Heun's method on dy/d(sigma/alpha), y = z / alpha; churn > 0 first adds noise to sigma (1 + churn)."""
+    if churn > 0:
+        t, t_data = t - 2 * math.log1p(churn), t
+        z = renoise(z, t_data, t, noise(z))
+    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    z_s = update(z, x_hat, t, s, eta=0.0)
+    if not math.isinf(s):  # averaging d = eps_hat at both ends is D = x_hat + e^h / 2 (x_hat_s - x_hat)
+        x_hat_s = denoise(z_s, s.expand(len(z)).to(z.device))
+        z_s = update(z, x_hat + 0.5 * ((s - t) / 2).exp() * (x_hat_s - x_hat), t, s, eta=0.0)
+    return z_s, x_hat, None
+
+
+def euler_maruyama(denoise, z, t, s, noise, memory):
+    """The reverse SDE dz = [f - g^2 score] dt + g dB (SDE eq. 6) in log-SNR, where g^2 dt = sigma^2 dlogsnr. Steps below 2."""
+    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    if math.isinf(s):
+        return x_hat, x_hat, None
+    alpha, sigma = alpha_sigma(t)
+    d = s - t
+    return z + d * (alpha * x_hat + (0.5 * sigma**2 - 1) * z) + sigma * d.sqrt() * noise(z), x_hat, None
+
+
+def ode(denoise, z, t, s, noise, memory):
+    """The probability-flow ODE by Runge-Kutta 4: four evaluations a step; small enough steps encode and decode exactly."""
+    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    if math.isinf(s):
+        return x_hat, x_hat, None
+    return next(rk4(partial(ode_velocity, denoise), z, torch.stack([t, s]))), x_hat, None
+
+
+def langevin(denoise, z, t, s, noise, memory, num_corrections=1, snr=0.16, predictor=None):
+    """Predictor-corrector (SDE algorithm 3): a predictor step to s, then Langevin steps on the score there.
+
+    predictor None keeps z / alpha: annealed Langevin dynamics (NCSN algorithm 1), all the work done by corrections.
+    Step size d = 2 (snr |n| / |score|)^2 per sample: z + d score + sqrt(2 d) n.
+    """
+    if predictor is None:
+        x_hat = denoise(z, t.expand(len(z)).to(z.device)) if math.isinf(s) else None
+        z = x_hat if math.isinf(s) else alpha_sigma(s)[0] / alpha_sigma(t)[0] * z
+    else:
+        z, x_hat, memory = predictor(denoise, z, t, s, noise, memory)
+    if math.isinf(s):
+        return z, x_hat, memory
+    l = s.expand(len(z)).to(z.device)
+    for _ in range(num_corrections):
+        x_hat = denoise(z, l)
+        score = -to_eps(x_hat, z, l) / alpha_sigma(s)[1]
+        n = noise(z)
+        d = expand(2 * (snr * n.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)) ** 2, z)
+        z = z + d * score + (2 * d).sqrt() * n
+    return z, x_hat, memory
+
+
+SAMPLERS = {
+    "ancestral": single_step,
+    "ddim": single_step,
+    "dpmpp": multistep,
+    "dpmpp_sde": partial(multistep, eta=1.0),
+    "heun": heun,
+    "sde": euler_maruyama,
+    "ode": ode,
+    "pc": partial(langevin, predictor=single_step),
+    "langevin": partial(langevin, num_corrections=10),
+}
+
+
+def sample(denoise, z, logsnrs, step=single_step, noise=torch.randn_like):
+    """Run a sampler over the grid from z (B, ...) at logsnrs[0]; yields (z, x_hat) after every step.
+
+    noise(z) draws standard normals shaped like z. A grid ending in +inf ends in a denoised field; a finite grid that
+    runs towards noise with a deterministic step encodes; one that starts inside the range edits (SDEdit).
+    """
+    memory = None
+    for t, s in zip(logsnrs[:-1], logsnrs[1:]):
+        z, x_hat, memory = step(denoise, z, t, s, noise, memory)
+        yield z, x_hat
+
+
+def interpolate(a, b, weight):
+    """Between two noises or encodings: cos(w pi/2) a + sin(w pi/2) b, which keeps the variance of independent a and b."""
+    return math.cos(weight * math.pi / 2) * a + math.sin(weight * math.pi / 2) * b
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# guidance: wraps a denoiser, returns a denoiser
+
+
+def clip(denoise, low, high):
+    """Clamp x_hat to a range. Samplers recompute eps_hat from x_hat, so the two stay consistent."""
+    return lambda z, logsnr: denoise(z, logsnr).clamp(low, high)

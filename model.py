@@ -1,0 +1,200 @@
+"""A compact space-time U-Net. It sees a noisy clip and its log-SNR, and knows nothing else about diffusion.
+
+Frames are folded into the batch, (B T) C H W in channels_last, so that every spatial convolution is a plain Conv2d;
+time is mixed in every block by a 3-tap convolution on a view of the same memory, (B, C, T, H W). Attention over space
+and over time acts at the lowest resolution. Written so that torch.compile(fullgraph=True) fuses the small functions.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+
+@dataclass
+class Config:
+    in_channels: int = 1  # variables of the field
+    cond_channels: int = 0  # further input channels, not denoised (masks, static fields, known frames)
+    width: int = 64  # channels at the first level; a multiple of 16
+    mults: tuple = (1, 2)  # channel multiple per level; each level halves the resolution
+    blocks: int = 2  # residual blocks per level, on the way down and on the way up
+    patch: int = 2  # pixel-unshuffle at the input: few channels at high resolution are memory-bound
+    heads: int = 4  # attention heads
+    wrap_x: bool = False  # longitude is periodic: convolutions wrap around in x
+
+
+def norm_act(h, norm, scale_shift=None):
+    """SiLU(GroupNorm(h) * (1 + scale) + shift), per frame. h (BT, C, H, W), scale_shift (BT, 2C, 1, 1)"""
+    h = norm(h)
+    if scale_shift is not None:
+        scale, shift = scale_shift.chunk(2, 1)
+        h = torch.addcmul(shift, h, 1 + scale)
+    return F.silu(h)
+
+
+def rotary(x):
+    """Rotary embedding of the position along dim -2: attention then depends on time differences. x (..., T, d)"""
+    T, d = x.shape[-2:]
+    freqs = 100.0 ** (-torch.arange(0, d, 2, device=x.device) / d)  # (d/2,) radians per frame
+    angle = torch.arange(T, device=x.device)[:, None] * freqs  # (T, d/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Conv(nn.Conv2d):
+    """3x3 convolution that keeps the size; zeros beyond the edges, or around the globe in x if wrap_x."""
+
+    def __init__(self, c_in, c_out, wrap_x, stride=1):
+        super().__init__(c_in, c_out, 3, stride, padding=(1, 0) if wrap_x else 1)
+        self.wrap_x = wrap_x
+
+    def forward(self, h):
+        return super().forward(F.pad(h, (1, 1, 0, 0), mode="circular") if self.wrap_x else h)
+
+
+class TimeConv(nn.Conv2d):
+    """h + a 3-tap convolution over neighbouring frames; a view in channels_last, no copy. h (BT, C, H, W)"""
+
+    def __init__(self, c):
+        super().__init__(c, c, (3, 1), padding=(1, 0))
+
+    def forward(self, h, T):
+        H, W = h.shape[-2:]
+        x = rearrange(h, "(b t) c h w -> b c t (h w)", t=T)
+        return h + rearrange(super().forward(x), "b c t (h w) -> (b t) c h w", h=H, w=W)
+
+
+class Block(nn.Module):
+    """Residual block: norm, 3x3 in space, 3 taps in time, norm modulated by the log-SNR, 3x3 in space (zero at start)."""
+
+    def __init__(self, c_in, c_out, wrap_x):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), Conv(c_in, c_out, wrap_x)
+        self.time = TimeConv(c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), Conv(c_out, c_out, wrap_x)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, scale_shift, T):
+        h = self.conv1(norm_act(x, self.norm1))
+        h = self.time(h, T)
+        h = self.conv2(norm_act(h, self.norm2, scale_shift))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over space (within a frame) or over time (at a cell), residual, zero at start."""
+
+    def __init__(self, c, heads, axis):
+        super().__init__()
+        self.heads, self.axis = heads, axis
+        self.norm, self.qkv, self.out = nn.GroupNorm(1, c), nn.Linear(c, 3 * c, bias=False), nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x, T):
+        H, W = x.shape[-2:]
+        tokens = "(b t) (h w)" if self.axis == "space" else "(b h w) t"
+        tokens = {"space": "(b t) (h w)", "time": "(b h w) t"}[self.axis]
+        qkv = self.qkv(rearrange(self.norm(x), f"(b t) c h w -> {tokens} c", t=T))
+        q, k, v = rearrange(qkv, "n l (three heads d) -> three n heads l d", three=3, heads=self.heads)
+        if self.axis == "time":
+            q, k = rotary(q), rotary(k)
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "n heads l d -> n l (heads d)")
+        return x + rearrange(self.out(y), f"{tokens} c -> (b t) c h w", t=T, h=H, w=W)
+
+
+class UNet(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        widths = [c.width * m for m in c.mults]
+        emb = 4 * c.width
+        self.embed = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.stem = Conv((c.in_channels + c.cond_channels) * c.patch**2, widths[0], c.wrap_x)
+        self.position = nn.Conv2d(8, widths[0], 1)
+
+        self.down, self.downsample, self.up, self.upsample = (nn.ModuleList() for _ in range(4))
+        skips, h = [widths[0]], widths[0]  # channels of the stored activations, of the current one
+        for i, w in enumerate(widths):
+            for _ in range(c.blocks):
+                self.down.append(Block(h, w, c.wrap_x))
+                skips.append(h := w)
+            if i < len(widths) - 1:
+                self.downsample.append(Conv(h, h, c.wrap_x, stride=2))
+                skips.append(h)
+        self.middle = nn.ModuleList([Block(h, h, c.wrap_x), Block(h, h, c.wrap_x)])
+        self.attention = nn.ModuleList([Attention(h, c.heads, axis) for axis in ("space", "time")])
+        for i, w in reversed(list(enumerate(widths))):
+            for _ in range(c.blocks + 1):
+                self.up.append(Block(h + skips.pop(), w, c.wrap_x))
+                h = w
+            if i > 0:
+                self.upsample.append(Conv(h, h, c.wrap_x))
+        self.norm, self.out = nn.GroupNorm(h // 16, h), Conv(h, c.in_channels * c.patch**2, c.wrap_x)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.film_sizes = [2 * b.conv2.out_channels for b in [*self.down, *self.middle, *self.up]]
+        self.film = nn.Linear(emb, sum(self.film_sizes))  # scale and shift of every block in one product
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def conditioning(self, logsnr):
+        """Scale and shift of every block, a list of (B, 2C). logsnr (B,)"""
+        freqs = torch.logspace(-2, 0.3, 32, device=logsnr.device)  # periods from 600 down to 3 in log-SNR
+        angle = logsnr.float()[:, None] * freqs  # (B, 32)
+        return self.film(self.embed(torch.cat([angle.sin(), angle.cos()], 1))).split(self.film_sizes, 1)
+
+    def position_features(self, H, W, device):
+        """Where a cell is, so that the statistics may depend on place (orography, latitude). (1, 8, H, W)"""
+        k = torch.arange(1, 5, device=device)[:, None]  # (4, 1)
+        y = (torch.arange(H, device=device) + 0.5) / H  # (H,)
+        x = (torch.arange(W, device=device) + 0.5) / W  # (W,)
+        along_y = torch.cos(math.pi * k * y)  # (4, H)
+        if self.config.wrap_x:
+            along_x = torch.cat([torch.cos(2 * math.pi * k[:2] * x), torch.sin(2 * math.pi * k[:2] * x)])  # (4, W)
+        else:
+            along_x = torch.cos(math.pi * k * x)
+        return torch.cat([along_y[:, :, None].expand(4, H, W), along_x[:, None, :].expand(4, H, W)])[None]
+
+    def forward(self, z, logsnr, cond=None):
+        """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z."""
+        c = self.config
+        B, _, T, H, W = z.shape
+        if cond is not None:
+            z = torch.cat([z, cond], 1)
+        multiple = c.patch * 2 ** (len(c.mults) - 1)
+        pad_y, pad_x = -H % multiple, -W % multiple
+        h = rearrange(z, "b c t h w -> (b t) c h w")
+        if pad_y:
+            h = F.pad(h, (0, 0, 0, pad_y), mode="replicate")
+        if pad_x:  # wrapped columns if longitude is periodic (a repeated overlap when W is not a multiple)
+            h = F.pad(h, (0, pad_x, 0, 0), mode="circular" if c.wrap_x else "replicate")
+        h = F.pixel_unshuffle(h, c.patch).contiguous(memory_format=torch.channels_last)
+        h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
+        films = iter([f.repeat_interleave(T, 0)[:, :, None, None].to(h.dtype) for f in self.conditioning(logsnr)])
+
+        skips, down, up = [h], iter(self.down), iter(self.up)
+        for i in range(len(c.mults)):
+            for _ in range(c.blocks):
+                h = next(down)(h, next(films), T)
+                skips.append(h)
+            if i < len(c.mults) - 1:
+                h = self.downsample[i](h)
+                skips.append(h)
+        h = self.middle[0](h, next(films), T)
+        for attention in self.attention:
+            h = attention(h, T)
+        h = self.middle[1](h, next(films), T)
+        for i in range(len(c.mults)):
+            for _ in range(c.blocks + 1):
+                h = next(up)(torch.cat([h, skips.pop()], 1), next(films), T)
+            if i < len(c.mults) - 1:
+                h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
+        h = F.pixel_shuffle(self.out(norm_act(h, self.norm)), c.patch)
+        return rearrange(h[:, :, :H, :W], "(b t) c h w -> b c t h w", t=T)

@@ -1,0 +1,359 @@
+"""Generate climate clips from a checkpoint, draw them, and compare their statistics with held-out data.
+
+    python sample.py --steps=256
+    python sample.py --out_dir=out --sampler=dpmpp --steps=24 --num_samples=16
+
+Edit the settings below or override any of them as --key=value; --help lists them.
+"""
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data
+import diffusion
+import train
+from train import require
+
+# ----------------------------------------------------------------------------------------------------------------------
+out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
+num_samples = 64  # clips to generate
+batch_size = 32  # clips at a time; does not change the result
+steps = 256  # sampler steps
+sampler = "ancestral"  # ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
+spacing = "auto"  # grid even in: time (of the schedule), logsnr, rho (EDM); auto: logsnr for sde, ode, langevin, pc, dpmpp, dpmpp_sde
+eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
+variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
+churn = 0.0  # of heun: relative noise added before a step
+corrections = 1  # of pc and langevin: Langevin steps per level
+snr = 0.16  # of pc and langevin: signal-to-noise ratio of a Langevin step
+clip = "auto"  # clamp x_hat to the range of the training data: auto (for eps and score, which divide by alpha), true, false
+seed = 0  # sample i depends on (seed, i) alone
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # auto, float32, bfloat16 (autocast)
+compile = "auto"  # torch.compile: auto (on CUDA), true, false
+verify = True  # compare with held-out clips: verify.json, verify.png
+dry = 0.01  # a variable with a floor (rain) is dry up to this much above it, in its units
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHOICES = {"sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
+
+
+def check(c):
+    for name in ("num_samples", "batch_size", "steps"):
+        require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
+    require(0 <= c.eta <= 1 and 0 <= c.variance <= 1, "--eta and --variance must lie in [0, 1]")
+    require(c.churn >= 0 and c.corrections >= 1 and c.snr > 0 and c.seed >= 0, "--churn and --seed must not be negative, --corrections at least 1, --snr positive")
+    for name, default, samplers in (("eta", 0.0, ("ddim",)), ("variance", 0.0, ("ancestral",)), ("churn", 0.0, ("heun",))):
+        require(getattr(c, name) == default or c.sampler in samplers, f"--{name} belongs to --sampler={samplers[0]}, not {c.sampler}")
+
+
+def make_step(c):
+    """The sampler's step function with its options."""
+    options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "heun": {"churn": c.churn}}
+    options |= {name: {"num_corrections": c.corrections, "snr": c.snr} for name in ("pc", "langevin")}
+    return partial(diffusion.SAMPLERS[c.sampler], **options.get(c.sampler, {}))
+
+
+def make_grid(c, settings):
+    """The log-SNRs to visit, on the schedule the checkpoint was trained with."""
+    spacing = c.spacing
+    if spacing == "auto":
+        spacing = "time" if c.sampler in ("ancestral", "ddim", "heun") else "logsnr"
+    grid = diffusion.sampling_grid(c.steps, spacing, settings["logsnr_min"], settings["logsnr_max"], settings["schedule"], settings["shift"])
+    if c.sampler == "sde":
+        widest = float(grid[:-1].diff().max()) if c.steps > 1 else math.inf
+        require(widest < 2, f"--sampler=sde is unstable with steps over 2 in log-SNR (here {widest:.1f}): use more --steps, at least {math.ceil((grid[-2] - grid[0]) / 2) + 1 if c.steps > 1 else 32} with --spacing=logsnr")
+    return grid
+
+
+def generators(seed, indices):
+    """One CPU generator per sample and a noise(z) that draws from them: sample i is the same in any batch, on any device."""
+    gens = [torch.Generator().manual_seed(int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)) for i in indices]
+    return lambda z: torch.stack([torch.randn(z.shape[1:], generator=g) for g in gens]).to(z)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures
+
+RAIN = ((255, 255, 255), (205, 229, 245), (124, 185, 226), (46, 120, 190), (49, 54, 149), (118, 42, 131), (231, 41, 138))
+DIVERGING = ((33, 57, 132), (67, 130, 190), (160, 205, 226), (247, 247, 247), (246, 184, 150), (208, 84, 66), (128, 12, 38))
+NO_DATA, INK, GREY, FIRST, SECOND = (190, 190, 190), (30, 30, 30), (215, 215, 215), (20, 20, 20), (214, 69, 47)
+
+
+def font(size=12):
+    return ImageFont.load_default(size)
+
+
+def colours(x, low, high, palette, gamma=1.0):
+    """Field -> RGB uint8 (..., 3); grey where there is no data; gamma < 1 spreads the low values."""
+    u = np.clip((np.nan_to_num(x, nan=low) - low) / (high - low), 0, 1) ** gamma * (len(palette) - 1)
+    i = np.minimum(u.astype(int), len(palette) - 2)
+    p = np.asarray(palette, np.float32)
+    rgb = p[i] + (u - i)[..., None] * (p[i + 1] - p[i])
+    return np.where(np.isfinite(x)[..., None], rgb, NO_DATA).astype(np.uint8)
+
+
+def scale_of(x, floor):
+    """(low, high, palette, gamma) for a variable: sequential from a floor of 0 (rain), else diverging around the mean."""
+    if floor == 0:
+        return 0.0, float(np.nanquantile(x, 0.999)) or 1.0, RAIN, 0.5
+    mean = float(np.nanmean(x))
+    reach = float(np.nanquantile(np.abs(x - mean), 0.995)) or 1.0
+    return mean - reach, mean + reach, DIVERGING, 1.0
+
+
+def tile(x, scale, factor):
+    """A picture of one field (H, W), every cell factor x factor pixels."""
+    return Image.fromarray(colours(x, *scale)).resize((x.shape[1] * factor, x.shape[0] * factor), Image.NEAREST)
+
+
+def colour_bar(draw, image, x, y, height, scale, label):
+    """A vertical bar at (x, y) with five values, and its label above."""
+    low, high, palette, gamma = scale
+    bar = colours(np.linspace(high, low, height)[:, None].repeat(14, 1), *scale)
+    image.paste(Image.fromarray(bar), (x, y))
+    draw.rectangle((x, y, x + 13, y + height - 1), outline=INK)
+    for u in np.linspace(0, 1, 5):
+        value = low + u ** (1 / gamma) * (high - low) if gamma != 1 else low + u * (high - low)
+        at = y + (height - 1) * (1 - ((value - low) / (high - low)))
+        draw.text((x + 19, at), f"{value:.3g}", INK, font(11), anchor="lm")
+    draw.text((x, y - 8), label, INK, font(12), anchor="ls")
+
+
+def contact_sheet(path, x, meta, channel, rows=6):
+    """Samples down, frames across, one colour scale. x (N, C, T, H, W) physical."""
+    f, attrs = meta["transform"][channel], meta["attrs"][channel]
+    x = oriented(x[:rows, channel], meta)
+    N, T, H, W = x.shape
+    scale, factor = scale_of(x, f["floor"]), max(1, round(104 / max(H, W)))
+    w, h, gap, left, top = W * factor, H * factor, 4, 64, 50
+    image = Image.new("RGB", (left + T * (w + gap) + 96, top + N * (h + gap) + 8), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((left, 6), f"{attrs.get('long_name', meta['names'][channel])}: generated clips", INK, font(14))
+    for t in range(T):
+        draw.text((left + t * (w + gap) + w / 2, top - 6), f"+{t * meta['step_hours']:g} h", INK, font(11), anchor="ms")
+    for i in range(N):
+        draw.text((left - 8, top + i * (h + gap) + h / 2), f"clip {i}", INK, font(11), anchor="rm")
+        for t in range(T):
+            at = (left + t * (w + gap), top + i * (h + gap))
+            image.paste(tile(x[i, t], scale, factor), at)
+            draw.rectangle((at[0] - 1, at[1] - 1, at[0] + w, at[1] + h), outline=GREY)
+    colour_bar(draw, image, left + T * (w + gap) + 12, top + 6, min(N * (h + gap), 260) - 10, scale, attrs.get("units", ""))
+    data.replace(path, lambda p: image.save(p, "PNG"))
+
+
+def animation(path, x, meta, channel, count=9):
+    """A looping GIF of a square of clips. x (N, C, T, H, W) physical."""
+    f, side = meta["transform"][channel], max(1, math.isqrt(min(count, len(x))))
+    x = oriented(x[: side * side, channel], meta)
+    scale, factor = scale_of(x, f["floor"]), max(1, round(128 / max(x.shape[-2:])))
+    h, w = x.shape[-2] * factor + 4, x.shape[-1] * factor + 4
+    frames = []
+    for t in range(x.shape[1]):
+        frame = Image.new("RGB", (side * w, side * h), "white")
+        for i in range(len(x)):
+            frame.paste(tile(x[i, t], scale, factor), (i % side * w + 2, i // side * h + 2))
+        frames.append(frame.quantize(96))
+    data.replace(path, lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=250, loop=0))
+
+
+def oriented(x, meta):
+    """North up: rows flipped for the picture alone if the y coordinate increases."""
+    c = meta["coords"].get(meta["dims"][0])
+    y = None if c is None else np.asarray(c["values"])
+    return x[..., ::-1, :] if y is not None and y.ndim == 1 and len(y) > 1 and y[-1] > y[0] else x
+
+
+def ticks(low, high, log):
+    """Up to about six round values in [low, high]."""
+    if log:
+        return [10.0**e for e in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def plot(image, box, title, xlabel, series, logx=False, logy=False):
+    """A line plot in box (x0, y0, x1, y1). series: (label, x, y, colour, marker?) each."""
+    draw, (x0, y0, x1, y1) = ImageDraw.Draw(image), box
+    left, right, top, bottom = x0 + 58, x1 - 12, y0 + 30, y1 - 40
+    clean = []
+    for label, x, y, colour, marker in series:
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        keep = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not logx)) & ((y > 0) | (not logy))
+        clean.append((label, x[keep], y[keep], colour, marker))
+    draw.text(((left + right) / 2, y0 + 12), title, INK, font(14), anchor="mm")
+    draw.text(((left + right) / 2, y1 - 8), xlabel, INK, font(12), anchor="mm")
+    draw.rectangle((left, top, right, bottom), outline=INK)
+    if not any(len(s[1]) for s in clean):
+        return
+    reach = lambda k, log: span(np.concatenate([s[k] for s in clean]), log)
+    (xl, xh), (yl, yh) = reach(1, logx), reach(2, logy)
+    unit = lambda v, lo, hi, log: (np.log(v / lo) / math.log(hi / lo)) if log else (np.asarray(v) - lo) / (hi - lo)
+    px = lambda v: left + unit(v, xl, xh, logx) * (right - left)
+    py = lambda v: bottom - unit(v, yl, yh, logy) * (bottom - top)
+    for v in ticks(xl, xh, logx):
+        draw.line((px(v), top, px(v), bottom), fill=GREY)
+        draw.text((px(v), bottom + 4), f"{v:.3g}", INK, font(11), anchor="ma")
+    for v in ticks(yl, yh, logy):
+        draw.line((left, py(v), right, py(v)), fill=GREY)
+        draw.text((left - 5, py(v)), f"{v:.3g}", INK, font(11), anchor="rm")
+    for n, (label, x, y, colour, marker) in enumerate(clean):
+        points = list(zip(px(x), py(y)))
+        if marker:
+            for a, b in points:
+                draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
+        elif len(points) > 1:
+            draw.line(points, fill=colour, width=2)
+        draw.text((right - 8, top + 8 + 16 * n), label, colour, font(12), anchor="ra")
+
+
+def span(v, log):
+    """Axis limits with a small margin."""
+    low, high = float(v.min()), float(v.max())
+    if log:
+        return low / 1.3, high * 1.3
+    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    return low - margin, high + margin
+
+
+def panel_map(image, box, title, x, scale, label):
+    """A map with its colour bar in box."""
+    draw, (x0, y0, x1, y1) = ImageDraw.Draw(image), box
+    factor = max(1, min((x1 - x0 - 110) // x.shape[1], (y1 - y0 - 60) // x.shape[0]))
+    picture = tile(x, scale, factor)
+    if picture.width > x1 - x0 - 110 or picture.height > y1 - y0 - 60:
+        picture.thumbnail((x1 - x0 - 110, y1 - y0 - 60))
+    at = (x0 + 20, y0 + 40)
+    draw.text(((x0 + x1) / 2, y0 + 12), title, INK, font(14), anchor="mm")
+    image.paste(picture, at)
+    draw.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline=INK)
+    colour_bar(draw, image, at[0] + picture.width + 14, at[1] + 6, max(picture.height - 8, 60), scale, label)
+
+
+def verification_picture(path, result, samples, truth, meta, channel):
+    """Quantiles, spectra, autocorrelation and mean maps of one variable, (N, T, H, W) each."""
+    name, attrs, floor = meta["names"][channel], meta["attrs"][channel], meta["transform"][channel]["floor"]
+    units = attrs.get("units", "1")
+    image = Image.new("RGB", (1080, 720), "white")
+    box = lambda i: (i % 3 * 360, i // 3 * 350 + 20, i % 3 * 360 + 360, i // 3 * 350 + 370)
+    ImageDraw.Draw(image).text((12, 4), f"{attrs.get('long_name', name)}: {result['samples']} samples (red) against {result['held_out_clips']} held-out clips (black)", INK, font(13))
+    levels = [1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)]  # the dissertation's 54
+    q, p = (np.nanquantile(a, levels) for a in (samples, truth))
+    plot(image, box(0), "quantiles", f"held-out, {units}", [("samples", p, q, SECOND, True), ("", p, p, FIRST, False)])
+    for i, (key, label) in enumerate((("spatial_power", "cycles per cell"), ("temporal_power", "cycles per time step"))):
+        if key in result:
+            r = result[key]
+            plot(image, box(1 + i), key.replace("_", " "), label, [("held-out", r["frequency"], r["held_out"], FIRST, False), ("samples", r["frequency"], r["samples"], SECOND, True)], True, True)
+    a, b = result["autocorrelation"]
+    lags = np.arange(len(a)) * meta["step_hours"]
+    plot(image, box(3), "autocorrelation", "lag, hours", [("held-out", lags, b, FIRST, False), ("samples", lags, a, SECOND, True)])
+    mean = oriented(samples.mean((0, 1)), meta)
+    both = np.stack([mean, oriented(truth.mean((0, 1)), meta)])
+    scale = (0.0, float(np.nanmax(both)) or 1.0, RAIN, 1.0) if floor == 0 else scale_of(both, floor)
+    panel_map(image, box(4), "mean of the samples", mean, scale, units)
+    bias = oriented(np.array(result["bias_map"], dtype=float), meta)
+    reach = float(np.nanquantile(np.abs(bias), 0.99)) or 1.0
+    panel_map(image, box(5), "relative bias of the mean" if floor == 0 else "bias of the mean / std", bias, (-reach, reach, DIVERGING, 1.0), "")
+    data.replace(path, lambda f: image.save(f, "PNG"))
+
+
+def print_table(name, units, r):
+    """The verification table of one variable."""
+    print(f"\n{name} [{units}]{'samples':>22}{'held-out':>12}{'error':>10}")
+    row = lambda label, a, b, error: print(f"  {label:<26}{a:>12.4f}{b:>12.4f}{error:>10}")
+    row("mean", *r["mean"], f"{r['mean'][0] - r['mean'][1]:+.3f}")
+    row("standard deviation", *r["std"], f"{r['std'][0] / r['std'][1] - 1:+.1%}")
+    if "dry_fraction" in r:
+        a, b = r["dry_fraction"]
+        row("dry fraction", a, b, f"{100 * (a - b):+.1f} pt")
+    for level, (a, b, e) in r["quantiles"].items():
+        row(f"quantile {level}", a, b, f"{e:+.1%}")
+    for lag in (1, 3, 6):
+        if lag < len(r["autocorrelation"][0]):
+            a, b = (v[lag] for v in r["autocorrelation"])
+            row(f"autocorrelation, lag {lag}", a, b, f"{a - b:+.3f}")
+    for key in ("spatial_power", "temporal_power"):
+        if key in r:
+            print(f"  {key.replace('_', ' ') + ', error':<26}{'median':>12}{r[key]['median_error']:>12.1%}{'worst':>8}{r[key]['worst_error']:>8.1%}")
+    if r["mean_abs_bias"] is not None:
+        print(f"  {'mean |bias| per cell':<26}{r['mean_abs_bias']:>12.3f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def main(argv=None):
+    c = train.configure(__file__, argv, CHOICES)
+    check(c)
+    out = Path(c.out_dir)
+    device, amp, compiled = train.pick_device(c)
+    checkpoint = train.load_checkpoint(out / "ckpt.pt")
+    settings, meta = checkpoint["settings"], checkpoint["data"]
+    network = train.build(checkpoint, device)
+    grid = make_grid(c, settings)
+    step = make_step(c)
+    shape = (len(meta["names"]), settings["frames"], *meta["size"])
+    valid = meta["valid"].to(device)  # (C, 1, H, W)
+    cond = valid.expand(1, *shape) if meta["masked"] else None
+    run = train.run_network(torch.compile(network) if compiled else network, device, amp)
+    clipping = settings["param"] in ("eps", "score") if c.clip == "auto" else c.clip == "true"
+    folder = out / "samples"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise data.InputError(f"--out_dir={c.out_dir} cannot be written: {e.strerror}")
+
+    start, results = time.perf_counter(), []
+    with tqdm(total=c.num_samples * c.steps, desc="sampling", unit="step") as bar:
+        for first in range(0, c.num_samples, c.batch_size):
+            indices = range(first, min(first + c.batch_size, c.num_samples))
+            noise = generators(c.seed, indices)
+            z = noise(torch.empty(len(indices), *shape, device=device))
+            batch_cond = None if cond is None else cond.expand(len(z), *shape)
+            denoise = diffusion.make_denoiser(run, settings["param"], batch_cond)
+            if clipping:
+                denoise = diffusion.clip(denoise, min(f["low"] for f in meta["transform"]), max(f["high"] for f in meta["transform"]))
+            for z, x_hat in diffusion.sample(denoise, z, grid, step, noise):
+                bar.update(len(indices))
+            results.append(data.denormalise(z, meta["transform"], meta["valid"]))
+    x = np.concatenate(results)  # (N, C, T, H, W)
+    seconds = time.perf_counter() - start
+    if not np.isfinite(x[:, meta["valid"].numpy().astype(bool).repeat(shape[1], 1)]).all():
+        raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
+
+    command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
+    written = data.write_samples(folder, x, meta, f"{command}: {c.sampler}, {c.steps} steps, {out}/ckpt.pt at step {checkpoint['step']}")
+    for i, name in enumerate(meta["names"]):
+        suffix = f"_{name}" if i else ""
+        contact_sheet(folder / f"samples{suffix}.png", x, meta, i)
+        animation(folder / f"samples{suffix}.gif", x, meta, i)
+        written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
+    print(f"{c.num_samples} clips in {seconds:.0f} s ({c.num_samples / seconds:.2f} clips/s)")
+    if c.verify:
+        climate = data.open_climate(settings["dataset"], settings["variables"], settings["size"], settings["seed"])
+        _, test = data.split_windows(climate, settings["frames"])
+        test = data.apart(test, settings["frames"])
+        truth = data.clips(climate, test[:: max(1, len(test) // 2000)], settings["frames"])  # at most about 4000
+        report = {}
+        for i, name in enumerate(meta["names"]):
+            floor = 0.0 if meta["transform"][i]["floor"] == 0 else None
+            report[name] = data.compare(x[:, i], truth[:, i], floor, c.dry)
+            verification_picture(folder / f"verify{f'_{name}' if i else ''}.png", report[name], x[:, i], truth[:, i], meta, i)
+            print_table(name, meta["attrs"][i].get("units", "1"), report[name])
+        data.replace(folder / "verify.json", lambda f: f.write_text(json.dumps(report, indent=1)))
+        written += ["verify.json", "verify.png"]
+    print(f"\n{folder}/: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    train.run_main(main)

@@ -1,0 +1,406 @@
+"""Train a video diffusion model on climate fields.
+
+    python train.py --dataset=climate --param=v
+    python train.py --dataset=path/to/field.nc --variables=t2m --transform=none
+    python train.py --init_from=resume --max_iters=20000
+
+Edit the settings below or override any of them as --key=value; --help lists them.
+"""
+import argparse
+import ast
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+import data
+import diffusion
+from data import InputError
+from model import Config, UNet
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+out_dir = "out"  # checkpoint, log and samples go here
+init_from = "scratch"  # scratch, or resume from out_dir/ckpt.pt
+# data
+dataset = "climate"  # climate, gaussian, or a path to .npy, .npz, NetCDF, Zarr, or a folder of them
+variables = ""  # comma-separated names to stack as channels; empty takes every field
+frames = 8  # time steps per clip
+size = 32  # grid side of the built-in data
+transform = "auto"  # auto, none, sqrt, cbrt, log; one for all variables or one each, comma-separated
+# network
+width = 64  # channels at the first level, a multiple of 16
+mults = "1,2"  # channel multiples; every further level halves the resolution
+blocks = 1  # residual blocks per level
+patch = 2  # pixel-unshuffle at the input
+wrap_x = "auto"  # periodic longitude: auto (from the coordinates), true, false
+# diffusion
+param = "v"  # what the network predicts: v, eps, x, score
+schedule = "cosine"  # cosine, linear, logsnr, flow, normal, rho, ddpm
+logsnr_min = -30.0  # truncation of the schedule: pure noise
+logsnr_max = 30.0  # truncation of the schedule: data
+shift = 1.0  # adds 2 log(shift) to the log-SNR; below 1 trains more on noise (large fields)
+weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, sigmoid, elbo
+loss_power = 2  # 2 squared, 1 absolute error
+# optimisation
+batch_size = 16  # clips per micro-batch
+gradient_accumulation_steps = 1  # micro-batches per step
+max_iters = 1200  # optimiser steps
+learning_rate = 1e-3  # peak of AdamW's learning rate
+warmup_iters = 100  # linear warm-up, then cosine decay to min_lr at max_iters
+min_lr = 1e-5  # learning rate at the end
+weight_decay = 0.01  # of matrices and kernels
+beta2 = 0.99  # AdamW's second-moment decay
+grad_clip = 1.0  # gradient norm is clipped to this; 0 is off
+ema_decay = 0.995  # of the averaged weights that are evaluated and sampled
+# evaluation and logging
+eval_interval = 400  # steps between evaluations on held-out clips and checkpoints
+eval_iters = 8  # held-out batches per evaluation
+eval_only = False  # evaluate the checkpoint and stop
+log_interval = 10  # steps between lines of log.jsonl
+# machine
+seed = 0  # of weights, batches, times and noise, and of the built-in data
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # auto, float32, bfloat16 (autocast)
+compile = "auto"  # torch.compile: auto (on CUDA), true, false
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHOICES = {
+    "init_from": ("scratch", "resume"), "param": diffusion.PARAMS, "schedule": diffusion.SCHEDULES, "weighting": ("auto", *diffusion.WEIGHTINGS),
+    "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
+}  # fmt: skip
+FORMAT = 1  # of checkpoints
+LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
+
+
+def configure(script, argv=None, choices=None):
+    """Settings of a script (the block between its first two rulers) overridden by --key=value. A namespace.
+
+    Types come from the defaults. An unknown key or a wrong value ends in one line on stderr and exit code 2.
+    """
+    source = Path(script).read_text()
+    block = re.split(r"(?m)^# -{20,}$", source)[1]
+    settings = re.findall(r"(?m)^(\w+) = (.+?)  # (.+)$", block)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message} (--help lists the settings)\n")
+
+    def boolean(text):
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"'{text}' is not true or false")
+        return text.lower() == "true"
+
+    doc = source.split('"""')[1]
+    parser = Parser(prog=Path(script).name, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, literal, comment in settings:
+        default = ast.literal_eval(literal)
+        kind = boolean if isinstance(default, bool) else type(default)
+        help = f"{comment} [{literal}]".replace("%", "%%")
+        parser.add_argument(f"--{name}", type=kind, default=default, choices=(choices or {}).get(name), help=help, metavar=kind.__name__.upper()[:5])
+    c = SimpleNamespace(**vars(parser.parse_args(argv)))
+    for name, value in vars(c).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name}={value} is not a finite number")
+    return c
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+def check(c):
+    """Refuse settings that cannot work, before anything is read or written."""
+    for name in ("frames", "size", "width", "blocks", "patch", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval"):
+        require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
+    for name in ("warmup_iters", "weight_decay", "min_lr", "grad_clip", "seed"):
+        require(getattr(c, name) >= 0, f"--{name}={getattr(c, name)} must not be negative")
+    require(c.width % 16 == 0, f"--width={c.width} must be a multiple of 16")
+    require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", c.mults), f"--mults={c.mults} must be whole numbers like 1,2,4")
+    require(c.logsnr_min < c.logsnr_max, f"--logsnr_min={c.logsnr_min} must be below --logsnr_max={c.logsnr_max}")
+    require(max(-c.logsnr_min, c.logsnr_max) <= 60, "log-SNR beyond +-60 leaves the range of float32")
+    require(c.shift > 0 and c.learning_rate > 0, "--shift and --learning_rate must be positive")
+    require(0 <= c.ema_decay < 1 and 0 < c.beta2 < 1, "--ema_decay must lie in [0, 1), --beta2 in (0, 1)")
+    require(c.schedule != "ddpm" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
+
+
+def pick_device(c):
+    """(device, autocast dtype, compile?) from the settings device, dtype and compile."""
+    name = c.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device={c.device} is not available: {str(e).splitlines()[0]}")
+    fast_cpu = any(getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    bfloat16 = {"auto": device.type == "cuda" or (device.type == "cpu" and fast_cpu), "bfloat16": True, "float32": False}[c.dtype]
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device, torch.bfloat16 if bfloat16 else torch.float32, {"auto": device.type == "cuda", "true": True, "false": False}[c.compile]
+
+
+def run_network(network, device, dtype):
+    """network(z, logsnr, cond) under autocast, its output in float32."""
+
+    def run(z, logsnr, cond=None):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return network(z, logsnr, cond).float()
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints: tensors and plain values only
+
+
+def describe(climate, c, transform, valid):
+    """What sample.py must know of the data: names, units, coordinates, transform, valid cells, time step."""
+    coords = {k: {**v, "values": torch.as_tensor(np.array(v["values"]))} for k, v in climate.coords.items()}
+    return {"names": climate.names, "attrs": climate.attrs, "dims": list(climate.dims), "coords": coords, "size": list(climate.size), "step_hours": climate.step_hours,
+            "calendar": climate.calendar, "transform": transform, "valid": torch.from_numpy(valid), "masked": bool((valid == 0).any())}  # fmt: skip
+
+
+def save_checkpoint(path, checkpoint):
+    """Write, flush to disk, then rename; the previous checkpoint stays beside it as *.prev.pt."""
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists():
+            previous = path.with_suffix(".prev.pt")
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.replace(path, write)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint (weights_only: nothing in it can run). Raises InputError naming the file and what to do."""
+    path = Path(path)
+    previous = path.with_suffix(".prev.pt")
+    hint = f"; the one before it is {previous}: copy it to {path}" if previous.exists() else ""
+    if not path.exists():
+        raise InputError(f"there is no checkpoint {path}: run train.py first, or set --out_dir{hint}")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        version = checkpoint["format"]
+    except Exception as e:
+        raise InputError(f"{path} is not a readable checkpoint of this program ({type(e).__name__}){hint}")
+    if version != FORMAT:
+        raise InputError(f"{path} has format {version}, this program reads {FORMAT}: use the version that wrote it")
+    return checkpoint
+
+
+def build(checkpoint, device):
+    """The network of a checkpoint with its averaged weights, ready to sample."""
+    config = Config(**{**checkpoint["config"], "mults": tuple(checkpoint["config"]["mults"])})
+    network = UNet(config)
+    network.load_state_dict(checkpoint["ema"])
+    return network.to(device).eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def micro_batch(climate, starts, c, transform, masked, device, stream):
+    """Clips, mask or None, log-SNRs and noise of one micro-batch: a function of stream = (seed, step, micro) alone."""
+    physical = data.clips(climate, data.pick(starts, stream[0], stream[1:], c.batch_size), c.frames)
+    x, mask = data.normalise(physical, transform)
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
+    t = diffusion.stratified_times(c.batch_size, generator)
+    logsnr = diffusion.logsnr_schedule(t, c.schedule, c.logsnr_min, c.logsnr_max, c.shift)
+    eps = torch.randn(x.shape, generator=generator)
+    if device.type == "cuda":
+        x, mask, eps = x.pin_memory(), mask.pin_memory(), eps.pin_memory()
+    x, mask, eps = (a.to(device, non_blocking=True) for a in (x, mask, eps))
+    return x, mask if masked else None, logsnr, eps
+
+
+def batch_loss(run, c, x, mask, logsnr, eps):
+    """Weighted loss (B,) and squared v-error (B,) of one micro-batch; the mask is also the network's last channels."""
+    weighting = {"score": "eps"}.get(c.param, c.param) if c.weighting == "auto" else c.weighting
+    log_p = diffusion.log_density(logsnr, c.schedule, c.logsnr_min, c.logsnr_max, c.shift) if weighting in ("elbo", "sigmoid") else None
+    return diffusion.training_loss(run, x, logsnr, eps, c.param, weighting, log_p, mask, mask, c.loss_power)
+
+
+def by_bin(logsnrs, v_errors):
+    """Mean squared v-error per bin of log-SNR, {'lo..hi': value}; the ends are open."""
+    which = np.digitize(logsnrs, LOGSNR_BINS)
+    edges = ["", *(str(b) for b in LOGSNR_BINS), ""]
+    return {f"{edges[i]}..{edges[i + 1]}": round(float(v_errors[which == i].mean()), 5) for i in range(len(LOGSNR_BINS) + 1) if (which == i).any()}
+
+
+@torch.no_grad()
+def evaluate(network, climate, starts, c, transform, masked, device, dtype):
+    """Loss on held-out clips with fixed times and noise: (mean weighted loss, v-error per log-SNR bin)."""
+    run = run_network(network.eval(), device, dtype)
+    losses, v_errors, logsnrs = [], [], []
+    for i in range(c.eval_iters):
+        x, mask, logsnr, eps = micro_batch(climate, starts, c, transform, masked, device, (c.seed + 1, 0, i))
+        loss, v = batch_loss(run, c, x, mask, logsnr, eps)
+        losses.append(loss), v_errors.append(v), logsnrs.append(logsnr)
+    return torch.cat(losses).mean().item(), by_bin(torch.cat(logsnrs).numpy(), torch.cat(v_errors).cpu().numpy())
+
+
+def learning_rate_at(step, c):
+    """Linear warm-up, then cosine decay to min_lr at max_iters."""
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
+    progress = min(1.0, (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters))
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
+
+
+KEPT = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
+
+
+def main(argv=None):
+    c = configure(__file__, argv, CHOICES)
+    check(c)
+    out, resume = Path(c.out_dir), c.init_from == "resume"
+    checkpoint = load_checkpoint(out / "ckpt.pt") if resume or c.eval_only else None
+    if checkpoint:  # what the weights and the sample sequence depend on comes from the checkpoint
+        for key in KEPT:
+            setattr(c, key, checkpoint["settings"][key])
+    device, amp, compiled = pick_device(c)
+    torch.manual_seed(c.seed)
+
+    climate = data.open_climate(c.dataset, c.variables, c.size, c.seed)
+    train_starts, test_starts = data.split_windows(climate, c.frames)
+    if checkpoint:
+        meta, step = checkpoint["data"], checkpoint["step"]
+        require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{c.dataset} no longer has the variables and grid that {out}/ckpt.pt was trained on")
+    else:
+        fitted = data.fit_transform(climate, train_starts, c.frames, c.transform)
+        valid = data.valid_cells(climate, data.covered_frames(train_starts, c.frames))
+        meta, step = describe(climate, c, fitted, valid), 0
+        look = data.clips(climate, train_starts[:: max(1, len(train_starts) // 50)], c.frames)
+        meta["masked"] = meta["masked"] or bool(np.isnan(look).any())
+    wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
+    C = len(climate.names)
+    config = Config(C, C if meta["masked"] else 0, c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap)
+    network = UNet(config).to(device)
+    decay = lambda n: min(c.ema_decay, (1 + n) / (10 + n))  # a short memory at first
+
+    def lerp(averaged, current, num_averaged):
+        torch._foreach_lerp_(averaged, current, 1 - decay(int(num_averaged)))
+
+    ema = AveragedModel(network, multi_avg_fn=lerp)
+    matrices = [p for p in network.parameters() if p.ndim >= 2]
+    vectors = [p for p in network.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        ema.module.load_state_dict(checkpoint["ema"])
+        ema.n_averaged.fill_(step)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    inner = torch.compile(network) if compiled else network
+    run = run_network(inner, device, amp)
+    args = (climate, test_starts, c, meta["transform"], meta["masked"], device, amp)
+    if c.eval_only:
+        val_loss, bins = evaluate(ema.module, *args)
+        print(json.dumps({"iter": step, "val_loss": round(val_loss, 5), "val_bins": bins}))
+        return
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log_path = out / "log.jsonl"
+        lines = log_path.read_text().splitlines() if resume and log_path.exists() else []
+        kept = [l for l in lines if l.endswith("}") and json.loads(l)["iter"] <= step]  # nothing from a future that was lost
+        data.replace(log_path, lambda f: f.write_text("".join(l + "\n" for l in kept)))
+    except OSError as e:
+        raise InputError(f"--out_dir={c.out_dir} cannot be written: {e.strerror}")
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{climate.names} {climate.size[0]}x{climate.size[1]}, {c.frames} frames, {len(train_starts)} training and {len(test_starts)} test clips; "
+          f"{parameters / 1e6:.1f} M parameters on {device} in {str(amp)[6:]}; out in {out}/")  # fmt: skip
+
+    def save():
+        settings = {k: v for k, v in vars(c).items()}
+        save_checkpoint(out / "ckpt.pt", {"format": FORMAT, "settings": settings, "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step,
+                                          "model": network.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})  # fmt: skip
+
+    stop = []
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda number, frame: stop.append(number))
+    skipped, in_a_row = (torch.zeros((), device=device) for _ in range(2))  # on the device: no synchronisation per step
+    seen, clock, clips_done = [], time.perf_counter(), 0
+    bar = tqdm(total=c.max_iters, initial=step, desc="training", unit="it", smoothing=0.05)
+    network.train()
+    while step < c.max_iters and not stop:
+        lr = learning_rate_at(step, c)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for micro in range(c.gradient_accumulation_steps):
+            x, mask, logsnr, eps = micro_batch(climate, train_starts, c, meta["transform"], meta["masked"], device, (c.seed, step, micro))
+            loss, v_error = batch_loss(run, c, x, mask, logsnr, eps)
+            (loss.mean() / c.gradient_accumulation_steps).backward()
+            seen.append((loss.detach(), v_error, logsnr))
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.grad_clip or math.inf)
+        bad = (~torch.isfinite(norm)).float()  # a fused optimiser skips the step where found_inf is 1
+        optimizer.found_inf = bad
+        skipped, in_a_row = skipped + bad, (in_a_row + bad) * bad
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update_parameters(network)
+        step += 1
+        clips_done += c.batch_size * c.gradient_accumulation_steps
+        bar.update()
+
+        evaluating = step % c.eval_interval == 0 or step == c.max_iters
+        if step % c.log_interval == 0 or evaluating:
+            losses, v_errors, logsnrs = (torch.cat(a).cpu() for a in zip(*seen))
+            mean = losses.mean().item()
+            speed = clips_done / (time.perf_counter() - clock)
+            line = {"iter": step, "loss": round(mean, 6), "lr": lr, "grad_norm": round(norm.item(), 4), "clips_per_s": round(speed, 2), "skipped": int(skipped), "bins": by_bin(logsnrs.numpy(), v_errors.numpy())}
+            bar.set_postfix(loss=f"{mean:.4f}", clips_per_s=f"{speed:.1f}")
+            if in_a_row >= 10:
+                bar.close()
+                raise RuntimeError(f"the gradient was not finite {int(in_a_row)} steps in a row up to step {step}; {out}/ckpt.pt holds the last good state: lower --learning_rate or use --dtype=float32")
+            if evaluating:
+                val_loss, line["val_bins"] = evaluate(ema.module, *args)
+                line["val_loss"] = round(val_loss, 6)
+                save()
+                bar.write(f"step {step}: loss {mean:.4f}, held-out {val_loss:.4f}, {speed:.1f} clips/s")
+            with open(log_path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            seen, clock, clips_done = [], time.perf_counter(), 0
+    bar.close()
+    if stop:
+        save()
+        print(f"stopped by signal {stop[0]} at step {step}; continue with --init_from=resume", file=sys.stderr)
+        sys.exit(128 + stop[0])
+    print(f"{out}/ckpt.pt is ready: python sample.py --out_dir={c.out_dir}")
+
+
+def run_main(main):
+    """Run a script: bad input ends in one line and exit code 2, a failure of the machine in one line and 1."""
+    try:
+        main()
+    except InputError as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, RuntimeError) as e:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)
