@@ -141,7 +141,7 @@ class Climate:
         if c is None or len(c["dims"]) != 1 or not str(c["attrs"].get("units", "degrees_east")).startswith("degree"):
             return False
         step = np.diff(np.asarray(c["values"], np.float64))
-        return len(step) > 2 and np.ptp(step) < 0.01 * abs(step[0]) and abs(abs(step[0]) * (len(step) + 1) - 360) < abs(step[0]) / 2
+        return len(step) > 2 and bool(np.ptp(step) < 0.01 * abs(step[0]) and abs(abs(step[0]) * (len(step) + 1) - 360) < abs(step[0]) / 2)
 
 
 def builtin(kind, size, seed, folder="data"):
@@ -289,25 +289,27 @@ def open_climate(dataset, variables="", size=32, seed=0):
 # windows and batches
 
 
-def split_windows(climate, frames):
-    """Starts of all clips of `frames` consecutive frames, (train, test): every fifth contiguous block is test data.
+def runs(climate, frames):
+    """Starts of all clips of consecutive frames: none crosses a gap (a step not positive or over 1.5 times the median)."""
+    steps = np.diff(climate.hours)
+    gap = (steps <= 0) | (steps > 1.5 * climate.step_hours)  # (N - 1,) between i and i + 1
+    crossed = np.concatenate([[0], np.cumsum(gap)])  # gaps before each frame
+    starts = np.arange(max(len(climate) - frames + 1, 0))
+    return starts[crossed[starts + frames - 1] == crossed[starts]]
 
-    A clip lies within one block and never crosses a gap (a step that is not positive, or over 1.5 times the median).
-    """
+
+def split_windows(climate, frames):
+    """Starts of all clips of consecutive frames within one block, (train, test): every fifth block is test data."""
     N = len(climate)
     if N < 2 * frames:
         raise InputError(f"the dataset has {N} frames; clips of --frames={frames} need at least {2 * frames}")
+    starts = runs(climate, frames)
     block = climate.block or max(N // min(max(N // (4 * frames), 5), 50), frames)
     if block < frames:
         raise InputError(f"--frames={frames} is longer than a block of {block} consecutive frames")
-    steps = np.diff(climate.hours)
-    gap = (steps <= 0) | (steps > 1.5 * climate.step_hours)  # (N - 1,) between i and i + 1
-    crossed = np.concatenate([[0], np.cumsum(gap)])
-    starts = np.arange(N - frames + 1)
-    last = starts + frames - 1
-    starts = starts[(crossed[last] == crossed[starts]) & (starts // block == last // block)]
+    starts = starts[starts // block == (starts + frames - 1) // block]
     blocks = max(N // block, 1)
-    number = np.minimum(starts // block, blocks - 1 if N % block < frames else blocks)
+    number = starts // block
     test = number % 5 == 4 if blocks >= 5 else number == number.max(initial=0)
     train, test = starts[~test], starts[test]
     if not len(train) or not len(test):
@@ -343,11 +345,11 @@ def clips(climate, starts, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
 
-TRANSFORMS = {  # odd functions, so that they hold for either sign
-    "none": (lambda x, s: x, lambda y, s: y),
-    "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
-    "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3),
-    "log": (lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s), lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s),
+TRANSFORMS = {  # g, its inverse, its slope; odd functions, so that they hold for either sign; s is a typical |x|
+    "none": (lambda x, s: x, lambda y, s: y, lambda x, s: np.ones_like(x)),
+    "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y), lambda x, s: 0.5 / np.sqrt(np.abs(x))),
+    "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3, lambda x, s: 1 / (3 * np.cbrt(x) ** 2)),
+    "log": (lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s), lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s, lambda x, s: 1 / (s + np.abs(x))),
 }
 
 
@@ -399,6 +401,18 @@ def denormalise(y, transform, valid=None):
         if f["floor"] is not None:
             x[..., i, :, :, :] = np.maximum(x[..., i, :, :, :], f["floor"])
     return (x if valid is None else np.where(np.asarray(valid) > 0, x, np.nan)).astype(np.float32)
+
+
+def log_slope(x, transform):
+    """log |dy/dx| of the transform summed over each clip (B,), for the change of variables; x (B, C, T, H, W) physical.
+
+    None where a variable has a floor: rain has an atom at 0 and so no density in its own units.
+    """
+    if any(f["floor"] is not None for f in transform):
+        return None
+    with np.errstate(divide="ignore"):
+        parts = [np.log(TRANSFORMS[f["name"]][2](x[:, i].astype(np.float64), f["scale"]) / f["std"]) for i, f in enumerate(transform)]
+    return torch.from_numpy(np.nansum(np.stack(parts, 1), axis=(1, 2, 3, 4)))
 
 
 def valid_cells(climate, index):

@@ -15,6 +15,7 @@ Papers by their short names: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), SDE
 SDEs), NCSN (Song and Ermon 2019), VDM (Kingma et al. 2021), EDM (Karras et al. 2022), DPM++ (Lu et al. 2022),
 distillation (Salimans and Ho 2022), min-SNR (Hang et al. 2023), K&G (Kingma and Gao 2023).
 """
+import functools
 import math
 from functools import partial
 
@@ -190,6 +191,53 @@ def make_denoiser(network, param, cond=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the linear part: the best denoiser that knows only the data's spectrum. A network that adds to it learns the rest.
+# It is EDM's skip connection c_skip with a variance per mode instead of one for all; for white data and v it is zero
+
+
+@functools.lru_cache(maxsize=32)
+def dct_matrix(n, device, dtype):
+    """Orthonormal DCT-II, rows are frequencies 0 .. n-1 (k half-waves per axis): near the eigenvectors of smooth fields."""
+    k, x = torch.arange(n, dtype=torch.float64)[:, None], (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    M = math.sqrt(2 / n) * torch.cos(math.pi * k * x)
+    M[0] /= math.sqrt(2)
+    return M.to(device, dtype)
+
+
+def to_modes(x, inverse=False):
+    """Cosine modes of clips over time and space, (..., T, H, W) both ways; keeps sums of squares."""
+    for dim in (-1, -2, -3):
+        M = dct_matrix(x.shape[dim], x.device, x.dtype)
+        x = torch.tensordot(x, M if not inverse else M.T, dims=([dim], [1])).movedim(-1, dim)
+    return x
+
+
+def resize_modes(w, shape):
+    """Variances of modes (..., T, H, W) for clips of another size: interpolated in logs at equal frequencies."""
+    w = w.log()
+    for dim, n in zip((-1, -2, -3), reversed(shape)):
+        m = w.shape[dim]
+        at = (torch.arange(n, device=w.device) * m / n).clamp(max=m - 1)
+        low = at.long()
+        part = (at - low).reshape((-1,) + (1,) * (-1 - dim)).to(w)
+        w = torch.lerp(w.index_select(dim, low), w.index_select(dim, (low + 1).clamp(max=m - 1)), part)
+    return w.exp()
+
+
+def linear_part(z, logsnr, w, param):
+    """What a network of this parameterisation should say if the data were Gaussian with mode variances w (C, T, H, W).
+
+    Per mode E[x | z] = alpha w z / (alpha^2 w + sigma^2) (Wiener's filter), and E[v | z], E[eps | z] likewise.
+    z (B, C, T, H, W), logsnr (B,) -> F like z
+    """
+    if w.shape[-3:] != z.shape[-3:]:
+        w = resize_modes(w, z.shape[-3:])
+    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
+    gain = {"v": lambda: alpha * sigma * (1 - w), "x": lambda: alpha * w, "eps": lambda: sigma, "score": lambda: -1.0}[param]()
+    return to_modes(gain / (alpha**2 * w + sigma**2) * to_modes(z), inverse=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # losses
 
 WEIGHTINGS = ("v", "eps", "x", "truncated_snr", "min_snr", "sigmoid", "elbo")
@@ -256,36 +304,44 @@ def training_loss(network, x, logsnr, eps, param="v", weighting="v", log_p=None,
 # likelihoods, in nats per sample: lower is better for bounds, log p is log p
 
 
-def prior_kl(x, logsnr_min):
-    """KL(q(z_1 | x) || N(0, 1)) = 1/2 sum(alpha^2 (x^2 - 1) - log sigma^2), L_T of DDPM eq. 5. (B,)"""
+def prior_kl(x, logsnr_min, mask=None):
+    """KL(q(z_1 | x) || N(0, 1)) = 1/2 sum(alpha^2 (x^2 - 1) - log sigma^2), L_T of DDPM eq. 5. (B,) float64"""
     l = torch.as_tensor(logsnr_min, dtype=torch.float64)
-    return (0.5 * (torch.sigmoid(l) * (x.double() ** 2 - 1) + softplus(l))).flatten(1).sum(1)
+    kl = 0.5 * (torch.sigmoid(l) * (x.double() ** 2 - 1) + softplus(l))
+    return (kl if mask is None else kl * mask).flatten(1).sum(1)
 
 
 def reconstruction_nll(dim, logsnr_max):
-    """E[-log N(x; z_0 / alpha, e^-logsnr_max)] of `dim` real-valued entries: L_0, negative once the noise is small."""
+    """E[-log N(x; z_0 / alpha, e^-logsnr_max)] of `dim` real-valued entries: L_0, negative once the noise is small.
+
+    dim: a number or a tensor of the entries in each sample.
+    """
     return dim / 2 * (1 + math.log(2 * math.pi) - logsnr_max)
 
 
-def diffusion_nll(denoise, x, logsnr, eps, logsnr_min, logsnr_max):
-    """One-sample estimate of the continuous-time diffusion loss, logsnr (B,) uniform on the range. VDM eq. 17. (B,)"""
+def eps_error(denoise, x, logsnr, eps, mask=None):
+    """|eps - eps_hat|^2 summed over the entries where mask is 1. (B,)"""
     z = diffuse(x, logsnr, eps)
     error = (eps - to_eps(denoise(z, logsnr), z, logsnr)) ** 2
-    return 0.5 * (logsnr_max - logsnr_min) * error.flatten(1).sum(1)
+    return (error if mask is None else error * mask).flatten(1).sum(1)
 
 
-def discrete_nll(denoise, x, logsnrs, eps):
+def diffusion_nll(denoise, x, t, eps, logsnr_min, logsnr_max, mask=None):
+    """One-sample estimate of the continuous-time diffusion loss, t (B,) uniform in [0, 1]. VDM eq. 17. (B,)"""
+    width = logsnr_max - logsnr_min
+    return 0.5 * width * eps_error(denoise, x, logsnr_max - width * t, eps, mask)
+
+
+def discrete_nll(denoise, x, t, eps, logsnrs, mask=None):
     """One-sample estimate of sum_t L_{t-1} of the T-step chain on finite logsnrs (T + 1,), noise first. (B,)
 
-    Every sample visits one random step, stratified over the batch; KL_t = 1/2 expm1(l_s - l_t) |eps - eps_hat|^2
-    (VDM eq. 13). Add prior_kl at logsnrs[0] and reconstruction_nll at logsnrs[-1] for the bound.
+    t (B,) uniform in [0, 1] picks one step; KL = 1/2 expm1(l_s - l_t) |eps - eps_hat|^2 (VDM eq. 13). Add prior_kl at
+    logsnrs[0] and reconstruction_nll at logsnrs[-1] for the bound.
     """
     T = len(logsnrs) - 1
-    i = (stratified_times(len(x)) * T).long()  # (B,)
-    t, s = logsnrs[i], logsnrs[i + 1]
-    z = diffuse(x, t, eps)
-    error = (eps - to_eps(denoise(z, t), z, t)) ** 2
-    return (0.5 * T * torch.expm1(s - t)).to(x) * error.flatten(1).sum(1)
+    i = (t * T).long().clamp(max=T - 1)  # (B,)
+    l, s = logsnrs[i], logsnrs[i + 1]
+    return (0.5 * T * torch.expm1(s - l)).to(x) * eps_error(denoise, x, l, eps, mask)
 
 
 def ode_velocity(denoise, z, logsnr):
@@ -414,7 +470,8 @@ def langevin(denoise, z, t, s, noise, memory, num_corrections=1, snr=0.16, predi
     """Predictor-corrector (SDE algorithm 3): a predictor step to s, then Langevin steps on the score there.
 
     predictor None keeps z / alpha: annealed Langevin dynamics (NCSN algorithm 1), all the work done by corrections.
-    Step size d = 2 (snr |n| / |score|)^2 per sample: z + d score + sqrt(2 d) n.
+    z + d score + sqrt(2 d) n with d = 2 (snr sigma)^2, NCSN's step. The SDE paper's 2 (snr |n| / |score|)^2 is the same
+    on average, but a step that depends on the state shifts the law it samples: badly so in few dimensions.
     """
     if predictor is None:
         x_hat = denoise(z, t.expand(len(z)).to(z.device)) if math.isinf(s) else None
@@ -423,13 +480,10 @@ def langevin(denoise, z, t, s, noise, memory, num_corrections=1, snr=0.16, predi
         z, x_hat, memory = predictor(denoise, z, t, s, noise, memory)
     if math.isinf(s):
         return z, x_hat, memory
-    l = s.expand(len(z)).to(z.device)
-    for _ in range(num_corrections):
+    l, sigma = s.expand(len(z)).to(z.device), alpha_sigma(s)[1]
+    for _ in range(num_corrections):  # d score = -2 snr^2 sigma eps_hat
         x_hat = denoise(z, l)
-        score = -to_eps(x_hat, z, l) / alpha_sigma(s)[1]
-        n = noise(z)
-        d = expand(2 * (snr * n.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)) ** 2, z)
-        z = z + d * score + (2 * d).sqrt() * n
+        z = z + 2 * snr * sigma * (noise(z) - snr * to_eps(x_hat, z, l))
     return z, x_hat, memory
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,6 +36,10 @@ churn = 0.0  # of heun: relative noise added before a step
 corrections = 1  # of pc and langevin: Langevin steps per level
 snr = 0.16  # of pc and langevin: signal-to-noise ratio of a Langevin step
 clip = "auto"  # clamp x_hat to the range of the training data: auto (for eps and score, which divide by alpha), true, false
+task = "generate"  # generate; edit (noise fields to edit_logsnr and denoise: SDEdit); encode (to latents and back); morph (between two fields)
+input = ""  # file with the fields of edit, encode and morph; empty takes held-out clips
+edit_logsnr = -2.0  # of edit: how far the fields are noised; lower keeps less
+theory = False  # also draw theory.png: schedules, the forward process, x_hat step by step
 seed = 0  # sample i depends on (seed, i) alone
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16 (autocast)
@@ -43,7 +48,7 @@ verify = True  # compare with held-out clips: verify.json, verify.png
 dry = 0.01  # a variable with a floor (rain) is dry up to this much above it, in its units
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHOICES = {"sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
+CHOICES = {"task": ("generate", "edit", "encode", "morph"), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
 
 
 def check(c):
@@ -51,8 +56,27 @@ def check(c):
         require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
     require(0 <= c.eta <= 1 and 0 <= c.variance <= 1, "--eta and --variance must lie in [0, 1]")
     require(c.churn >= 0 and c.corrections >= 1 and c.snr > 0 and c.seed >= 0, "--churn and --seed must not be negative, --corrections at least 1, --snr positive")
+    require(c.task not in ("encode", "morph") or (c.sampler in ("ode", "ddim", "heun", "dpmpp") and c.eta == c.churn == 0), f"--task={c.task} needs a deterministic sampler: --sampler=ode (or heun, dpmpp, ddim)")
+    require(not c.input or c.task != "generate", "--input belongs to --task=edit, encode or morph")
+    require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
     for name, default, samplers in (("eta", 0.0, ("ddim",)), ("variance", 0.0, ("ancestral",)), ("churn", 0.0, ("heun",))):
         require(getattr(c, name) == default or c.sampler in samplers, f"--{name} belongs to --sampler={samplers[0]}, not {c.sampler}")
+
+
+def given_clips(c, settings, meta, count):
+    """Clips to start from, in physical units: `count` spread over --input, or over the held-out part of the data set."""
+    climate = data.open_climate(c.input or settings["dataset"], settings["variables"], settings["size"], settings["seed"])
+    require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"--input={c.input} has variables {climate.names} on a grid {climate.size}; the checkpoint needs {meta['names']} on {tuple(meta['size'])}")
+    T = settings["frames"]
+    starts = data.runs(climate, T) if c.input else data.split_windows(climate, T)[1]
+    require(len(starts), f"--input={c.input} has no {T} consecutive frames")
+    return data.clips(climate, starts[np.linspace(0, len(starts) - 1, count).astype(int)], T)
+
+
+def encode(denoise, x, grid):
+    """The latents of fields x (B, ...): the probability-flow ODE run from data to noise through the grid. (B, ...)"""
+    *_, (latent, _) = diffusion.sample(denoise, x, grid[:-1].flip(0), diffusion.ode)
+    return latent
 
 
 def make_step(c):
@@ -68,9 +92,12 @@ def make_grid(c, settings):
     if spacing == "auto":
         spacing = "time" if c.sampler in ("ancestral", "ddim", "heun") else "logsnr"
     grid = diffusion.sampling_grid(c.steps, spacing, settings["logsnr_min"], settings["logsnr_max"], settings["schedule"], settings["shift"])
-    if c.sampler == "sde":
+    if c.task == "edit":
+        require(grid[0] <= c.edit_logsnr <= grid[-2], f"--edit_logsnr={c.edit_logsnr} lies outside the grid of log-SNR from {grid[0]:.1f} to {grid[-2]:.1f}")
+        grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
+    if c.sampler in ("sde", "langevin"):  # explicit in log-SNR, or nothing but Langevin steps between levels
         widest = float(grid[:-1].diff().max()) if c.steps > 1 else math.inf
-        require(widest < 2, f"--sampler=sde is unstable with steps over 2 in log-SNR (here {widest:.1f}): use more --steps, at least {math.ceil((grid[-2] - grid[0]) / 2) + 1 if c.steps > 1 else 32} with --spacing=logsnr")
+        require(widest < 2, f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f}): use more --steps, at least {math.ceil((grid[-2] - grid[0]) / 2) + 1 if c.steps > 1 else 32} with --spacing=logsnr")
     return grid
 
 
@@ -118,13 +145,12 @@ def tile(x, scale, factor):
 def colour_bar(draw, image, x, y, height, scale, label):
     """A vertical bar at (x, y) with five values, and its label above."""
     low, high, palette, gamma = scale
-    bar = colours(np.linspace(high, low, height)[:, None].repeat(14, 1), *scale)
+    bar = colours(np.linspace(1, 0, height)[:, None].repeat(14, 1), 0, 1, palette)
     image.paste(Image.fromarray(bar), (x, y))
     draw.rectangle((x, y, x + 13, y + height - 1), outline=INK)
     for u in np.linspace(0, 1, 5):
-        value = low + u ** (1 / gamma) * (high - low) if gamma != 1 else low + u * (high - low)
-        at = y + (height - 1) * (1 - ((value - low) / (high - low)))
-        draw.text((x + 19, at), f"{value:.3g}", INK, font(11), anchor="lm")
+        value = low + u ** (1 / gamma) * (high - low)
+        draw.text((x + 19, y + (height - 1) * (1 - u)), f"{value:.3g}", INK, font(11), anchor="lm")
     draw.text((x, y - 8), label, INK, font(12), anchor="ls")
 
 
@@ -175,7 +201,9 @@ def oriented(x, meta):
 def ticks(low, high, log):
     """Up to about six round values in [low, high]."""
     if log:
-        return [10.0**e for e in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+        decades = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+        values = decades if len(decades) > 4 else [m * d for d in decades for m in (1, 2, 5)]
+        return [v for v in values if low <= v <= high]
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -266,6 +294,36 @@ def verification_picture(path, result, samples, truth, meta, channel):
     data.replace(path, lambda f: image.save(f, "PNG"))
 
 
+def theory_picture(path, denoise, x, grid, step, noise, meta):
+    """Schedules, the forward process of one field x (1, C, T, H, W), and the denoised estimate along one sampling run."""
+    image = Image.new("RGB", (1120, 860), "white")
+    draw = ImageDraw.Draw(image)
+    t = torch.linspace(0.002, 0.998, 250, dtype=torch.float64)
+    palette = ((20, 20, 20), (214, 69, 47), (46, 120, 190), (64, 140, 70), (150, 80, 170), (200, 140, 20), (120, 120, 120))
+    curves = {name: diffusion.logsnr_schedule(t, name, -20.0, 20.0) for name in diffusion.SCHEDULES}
+    for i, (title, f) in enumerate((("log-SNR, log(alpha^2 / sigma^2)", lambda l: l), ("alpha", lambda l: diffusion.alpha_sigma(l)[0]), ("sigma", lambda l: diffusion.alpha_sigma(l)[1]))):
+        series = [(name if i == 0 else "", t, f(l), colour, False) for (name, l), colour in zip(curves.items(), palette)]
+        plot(image, (i * 372, 8, i * 372 + 372, 330), title, "t: 0 data, 1 noise", series)
+    still = lambda a: oriented(a[0, 0, 0].detach().float().cpu().numpy(), meta)  # first frame of the first variable
+    run = [(grid[0], noise(x), None)]
+    for l, (z, x_hat) in zip(grid[1:], diffusion.sample(denoise, run[0][1], grid, step, noise)):
+        run.append((l, z, x_hat))
+    shown = [run[i] for i in np.linspace(1, len(run) - 1, 8).astype(int)]
+    levels = diffusion.logsnr_schedule(torch.linspace(0, 1, 8, dtype=torch.float64), "logsnr", -8.0, 10.0)
+    eps = noise(x)
+    rows = [("forward: z = alpha x + sigma eps", [(f"log-SNR {l:.1f}", diffusion.diffuse(x, l[None], eps)) for l in levels]),
+            ("sampling: z", [(f"log-SNR {l:.1f}", z) for l, z, _ in shown]), ("sampling: x_hat", [("", x_hat) for *_, x_hat in shown])]  # fmt: skip
+    for r, (title, fields) in enumerate(rows):
+        top = 370 + r * 165
+        draw.text((12, top - 24), title, INK, font(13))
+        for k, (label, field) in enumerate(fields):
+            picture = tile(still(field), (-3.0, 3.0, DIVERGING, 1.0), max(1, 128 // max(field.shape[-2:])))
+            picture.thumbnail((130, 120))
+            image.paste(picture, (12 + k * 138, top + 12))
+            draw.text((12 + k * 138, top + 10), label, INK, font(11), anchor="ls")
+    data.replace(path, lambda f: image.save(f, "PNG"))
+
+
 def print_table(name, units, r):
     """The verification table of one variable."""
     print(f"\n{name} [{units}]{'samples':>22}{'held-out':>12}{'error':>10}")
@@ -303,10 +361,15 @@ def main(argv=None):
     grid = make_grid(c, settings)
     step = make_step(c)
     shape = (len(meta["names"]), settings["frames"], *meta["size"])
-    valid = meta["valid"].to(device)  # (C, 1, H, W)
-    cond = valid.expand(1, *shape) if meta["masked"] else None
-    run = train.run_network(torch.compile(network) if compiled else network, device, amp)
-    clipping = settings["param"] in ("eps", "score") if c.clip == "auto" else c.clip == "true"
+    cond = meta["valid"].to(device).expand(1, *shape) if meta["masked"] else None
+    run = train.run_network(torch.compile(network) if compiled else network, device, amp, settings["param"], meta["modes"])
+    conditioned = lambda z, logsnr, _: run(z, logsnr, None if cond is None else cond.expand(len(z), *shape))
+    denoise = diffusion.make_denoiser(conditioned, settings["param"])
+    if settings["param"] in ("eps", "score") if c.clip == "auto" else c.clip == "true":
+        denoise = diffusion.clip(denoise, min(f["low"] for f in meta["transform"]), max(f["high"] for f in meta["transform"]))
+    given = None
+    if c.task != "generate":
+        given = data.normalise(given_clips(c, settings, meta, 2 if c.task == "morph" else c.num_samples), meta["transform"])[0].to(device)
     folder = out / "samples"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,21 +377,29 @@ def main(argv=None):
         raise data.InputError(f"--out_dir={c.out_dir} cannot be written: {e.strerror}")
 
     start, results = time.perf_counter(), []
-    with tqdm(total=c.num_samples * c.steps, desc="sampling", unit="step") as bar:
+    ends = encode(denoise, given, grid) if c.task == "morph" else None
+    with tqdm(total=c.num_samples * (len(grid) - 1), desc="sampling", unit="step") as bar:
         for first in range(0, c.num_samples, c.batch_size):
             indices = range(first, min(first + c.batch_size, c.num_samples))
             noise = generators(c.seed, indices)
-            z = noise(torch.empty(len(indices), *shape, device=device))
-            batch_cond = None if cond is None else cond.expand(len(z), *shape)
-            denoise = diffusion.make_denoiser(run, settings["param"], batch_cond)
-            if clipping:
-                denoise = diffusion.clip(denoise, min(f["low"] for f in meta["transform"]), max(f["high"] for f in meta["transform"]))
+            z = torch.empty(len(indices), *shape, device=device)
+            if c.task == "generate":
+                z = noise(z)
+            elif c.task == "edit":
+                z = diffusion.diffuse(given[first : first + len(z)], grid[:1], noise(z))
+            elif c.task == "encode":
+                z = encode(denoise, given[first : first + len(z)], grid)
+            else:
+                z = torch.stack([diffusion.interpolate(*ends, i / (c.num_samples - 1)) for i in indices])
             for z, x_hat in diffusion.sample(denoise, z, grid, step, noise):
                 bar.update(len(indices))
-            results.append(data.denormalise(z, meta["transform"], meta["valid"]))
-    x = np.concatenate(results)  # (N, C, T, H, W)
+            results.append(z.cpu())
+    y = torch.cat(results)
+    if c.task == "encode":
+        print(f"round trip: RMS difference {(y - given.cpu()).pow(2).mean().sqrt():.2e} standard deviations")
+    x = data.denormalise(y, meta["transform"], meta["valid"])  # (N, C, T, H, W)
     seconds = time.perf_counter() - start
-    if not np.isfinite(x[:, meta["valid"].numpy().astype(bool).repeat(shape[1], 1)]).all():
+    if not y.isfinite().all():
         raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
 
     command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
@@ -339,7 +410,11 @@ def main(argv=None):
         animation(folder / f"samples{suffix}.gif", x, meta, i)
         written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
     print(f"{c.num_samples} clips in {seconds:.0f} s ({c.num_samples / seconds:.2f} clips/s)")
-    if c.verify:
+    if c.theory:
+        clip = data.normalise(given_clips(c, settings, meta, 1), meta["transform"])[0].to(device)
+        theory_picture(folder / "theory.png", denoise, clip, grid if c.task == "generate" else make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings), step, generators(c.seed, [0]), meta)
+        written.append("theory.png")
+    if c.verify and c.task == "generate":
         climate = data.open_climate(settings["dataset"], settings["variables"], settings["size"], settings["seed"])
         _, test = data.split_windows(climate, settings["frames"])
         test = data.apart(test, settings["frames"])

@@ -47,6 +47,7 @@ patch = 2  # pixel-unshuffle at the input
 wrap_x = "auto"  # periodic longitude: auto (from the coordinates), true, false
 # diffusion
 param = "v"  # what the network predicts: v, eps, x, score
+linear_skip = True  # the network adds to the linear denoiser that the data's spectrum gives; false: learns all of it
 schedule = "cosine"  # cosine, linear, logsnr, flow, normal, rho, ddpm
 logsnr_min = -30.0  # truncation of the schedule: pure noise
 logsnr_max = 30.0  # truncation of the schedule: data
@@ -67,7 +68,10 @@ ema_decay = 0.995  # of the averaged weights that are evaluated and sampled
 # evaluation and logging
 eval_interval = 400  # steps between evaluations on held-out clips and checkpoints
 eval_iters = 8  # held-out batches per evaluation
-eval_only = False  # evaluate the checkpoint and stop
+eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
+bound_steps = 1000  # steps T of the discrete bound that eval_only prints
+ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only prints; 0 leaves it out
+ode_clips = 8  # held-out clips of the exact likelihood
 log_interval = 10  # steps between lines of log.jsonl
 # machine
 seed = 0  # of weights, batches, times and noise, and of the built-in data
@@ -123,9 +127,9 @@ def require(condition, message):
 
 def check(c):
     """Refuse settings that cannot work, before anything is read or written."""
-    for name in ("frames", "size", "width", "blocks", "patch", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval"):
+    for name in ("frames", "size", "width", "blocks", "patch", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval", "bound_steps", "ode_clips"):
         require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
-    for name in ("warmup_iters", "weight_decay", "min_lr", "grad_clip", "seed"):
+    for name in ("warmup_iters", "weight_decay", "min_lr", "grad_clip", "seed", "ode_steps"):
         require(getattr(c, name) >= 0, f"--{name}={getattr(c, name)} must not be negative")
     require(c.width % 16 == 0, f"--width={c.width} must be a multiple of 16")
     require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", c.mults), f"--mults={c.mults} must be whole numbers like 1,2,4")
@@ -153,14 +157,26 @@ def pick_device(c):
     return device, torch.bfloat16 if bfloat16 else torch.float32, {"auto": device.type == "cuda", "true": True, "false": False}[c.compile]
 
 
-def run_network(network, device, dtype):
-    """network(z, logsnr, cond) under autocast, its output in float32."""
+def run_network(network, device, dtype, param, modes=None):
+    """network(z, logsnr, cond) under autocast, plus in float32 the linear part for data with these mode variances."""
+    modes = None if modes is None else modes.to(device)
 
     def run(z, logsnr, cond=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return network(z, logsnr, cond).float()
+            F = network(z, logsnr, cond).float()
+        return F if modes is None else F + diffusion.linear_part(z, logsnr, modes, param)
 
     return run
+
+
+def mode_variances(climate, starts, c, transform):
+    """Variance of the cosine modes of up to 2000 training clips, (C, T, H, W): the spectrum that the linear part knows."""
+    chosen = starts[np.linspace(0, len(starts) - 1, min(len(starts), 2000)).astype(int)]
+    total = 0
+    for i in range(0, len(chosen), 50):
+        x, _ = data.normalise(data.clips(climate, chosen[i : i + 50], c.frames), transform)
+        total = total + (diffusion.to_modes(x) ** 2).sum(0)
+    return (total / len(chosen)).clamp(min=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,10 +235,10 @@ def build(checkpoint, device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def micro_batch(climate, starts, c, transform, masked, device, stream):
-    """Clips, mask or None, log-SNRs and noise of one micro-batch: a function of stream = (seed, step, micro) alone."""
+def micro_batch(climate, starts, c, meta, device, stream):
+    """Clips, mask or None, log-SNRs, noise, and the clips in physical units: a function of stream = (seed, step, micro)."""
     physical = data.clips(climate, data.pick(starts, stream[0], stream[1:], c.batch_size), c.frames)
-    x, mask = data.normalise(physical, transform)
+    x, mask = data.normalise(physical, meta["transform"])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
     t = diffusion.stratified_times(c.batch_size, generator)
     logsnr = diffusion.logsnr_schedule(t, c.schedule, c.logsnr_min, c.logsnr_max, c.shift)
@@ -230,7 +246,7 @@ def micro_batch(climate, starts, c, transform, masked, device, stream):
     if device.type == "cuda":
         x, mask, eps = x.pin_memory(), mask.pin_memory(), eps.pin_memory()
     x, mask, eps = (a.to(device, non_blocking=True) for a in (x, mask, eps))
-    return x, mask if masked else None, logsnr, eps
+    return x, mask if meta["masked"] else None, logsnr, eps, physical
 
 
 def batch_loss(run, c, x, mask, logsnr, eps):
@@ -248,15 +264,57 @@ def by_bin(logsnrs, v_errors):
 
 
 @torch.no_grad()
-def evaluate(network, climate, starts, c, transform, masked, device, dtype):
+def evaluate(network, climate, starts, c, meta, device, dtype):
     """Loss on held-out clips with fixed times and noise: (mean weighted loss, v-error per log-SNR bin)."""
-    run = run_network(network.eval(), device, dtype)
+    run = run_network(network.eval(), device, dtype, c.param, meta["modes"])
     losses, v_errors, logsnrs = [], [], []
     for i in range(c.eval_iters):
-        x, mask, logsnr, eps = micro_batch(climate, starts, c, transform, masked, device, (c.seed + 1, 0, i))
+        x, mask, logsnr, eps, _ = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
         loss, v = batch_loss(run, c, x, mask, logsnr, eps)
         losses.append(loss), v_errors.append(v), logsnrs.append(logsnr)
     return torch.cat(losses).mean().item(), by_bin(torch.cat(logsnrs).numpy(), torch.cat(v_errors).cpu().numpy())
+
+
+@torch.no_grad()
+def likelihood(network, climate, starts, c, meta, device):
+    """Held-out likelihoods in float32: {"dim": entries per clip, name: (nats per entry, standard error)}.
+
+    The bounds average over eval_iters batches, the probability-flow ODE over ode_clips clips with one Hutchinson probe
+    each. 'physical' rows include the transform's change of variables; rain, with its atom at 0, has no such density.
+    """
+    run, lo, hi = run_network(network.eval(), device, torch.float32, c.param, meta["modes"]), c.logsnr_min, c.logsnr_max
+    grid = torch.linspace(lo, hi, c.bound_steps + 1, dtype=torch.float64)
+    rows, logs = {}, []
+    for i in range(c.eval_iters):
+        x, mask, _, eps, physical = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
+        t = diffusion.stratified_times(len(x), torch.Generator().manual_seed(i))
+        denoise = diffusion.make_denoiser(run, c.param, mask)
+        dim = torch.full((len(x),), float(x[0].numel())) if mask is None else mask.cpu().flatten(1).sum(1)
+        slope = data.log_slope(physical, meta["transform"])
+        prior = diffusion.prior_kl(x.cpu(), lo, None if mask is None else mask.cpu())
+        decoder = diffusion.reconstruction_nll(dim, hi)
+        continuous = diffusion.diffusion_nll(denoise, x, t, eps, lo, hi, mask).cpu()
+        discrete = diffusion.discrete_nll(denoise, x, t, eps, grid, mask).cpu()
+        batch = {"prior": prior, "diffusion": continuous, "reconstruction": decoder, "continuous bound": prior + continuous + decoder,
+                 f"discrete bound, T = {c.bound_steps}": prior + discrete + decoder}  # fmt: skip
+        if slope is not None:
+            batch["continuous bound, physical"] = batch["continuous bound"] - slope
+        for name, value in batch.items():
+            rows.setdefault(name, []).append(value / dim)
+    if c.ode_steps and not meta["masked"]:
+        physical = data.clips(climate, data.pick(starts, c.seed + 1, (0, 0), c.ode_clips), c.frames)
+        x = data.normalise(physical, meta["transform"])[0].to(device)
+        probes = torch.randint(0, 2, (1, *x.shape), generator=torch.Generator().manual_seed(c.seed)).to(x) * 2 - 1
+        denoise, path = diffusion.make_denoiser(run, c.param), torch.linspace(hi, lo, c.ode_steps + 1, dtype=torch.float64)
+        for j in tqdm(range(0, c.ode_clips, c.batch_size), desc="exact likelihood", leave=False):
+            part = slice(j, j + c.batch_size)
+            nll = -diffusion.ode_log_likelihood(denoise, x[part], path, probes[:, part]).cpu()
+            rows.setdefault("probability-flow ODE", []).append(nll / x[0].numel())
+            slope = data.log_slope(physical[part], meta["transform"])
+            if slope is not None:
+                rows.setdefault("probability-flow ODE, physical", []).append((nll - slope) / x[0].numel())
+    rows = {name: torch.cat([v.double() for v in values]) for name, values in rows.items()}
+    return {name: (v.mean().item(), v.std().item() / math.sqrt(len(v))) for name, v in rows.items()}
 
 
 def learning_rate_at(step, c):
@@ -267,7 +325,7 @@ def learning_rate_at(step, c):
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-KEPT = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
+KEPT = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
 
 
 def main(argv=None):
@@ -292,6 +350,7 @@ def main(argv=None):
         meta, step = describe(climate, c, fitted, valid), 0
         look = data.clips(climate, train_starts[:: max(1, len(train_starts) // 50)], c.frames)
         meta["masked"] = meta["masked"] or bool(np.isnan(look).any())
+        meta["modes"] = mode_variances(climate, train_starts, c, fitted) if c.linear_skip else None
     wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
     C = len(climate.names)
     config = Config(C, C if meta["masked"] else 0, c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap)
@@ -311,11 +370,16 @@ def main(argv=None):
         ema.n_averaged.fill_(step)
         optimizer.load_state_dict(checkpoint["optimizer"])
     inner = torch.compile(network) if compiled else network
-    run = run_network(inner, device, amp)
-    args = (climate, test_starts, c, meta["transform"], meta["masked"], device, amp)
+    run = run_network(inner, device, amp, c.param, meta["modes"])
+    args = (climate, test_starts, c, meta, device, amp)
     if c.eval_only:
         val_loss, bins = evaluate(ema.module, *args)
-        print(json.dumps({"iter": step, "val_loss": round(val_loss, 5), "val_bins": bins}))
+        print(f"step {step}: held-out loss {val_loss:.5f}; squared v-error per bin of log-SNR: " + ", ".join(f"{k} {v:.4f}" for k, v in bins.items()))
+        print(f"{'negative log-likelihood per entry':<36}{'nats':>12}{'+-':>10}{'bits':>12}")
+        for name, (nats, error) in likelihood(ema.module, climate, test_starts, c, meta, device).items():
+            print(f"  {name:<34}{nats:>12.4f}{error:>10.4f}{nats / math.log(2):>12.4f}")
+        if data.log_slope(np.zeros((1, C, 1, 1, 1)), meta["transform"]) is None:
+            print("  (of the transformed field: a variable with an atom at its floor has no density in its own units)")
         return
 
     try:
@@ -347,7 +411,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         for micro in range(c.gradient_accumulation_steps):
-            x, mask, logsnr, eps = micro_batch(climate, train_starts, c, meta["transform"], meta["masked"], device, (c.seed, step, micro))
+            x, mask, logsnr, eps, _ = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
             loss, v_error = batch_loss(run, c, x, mask, logsnr, eps)
             (loss.mean() / c.gradient_accumulation_steps).backward()
             seen.append((loss.detach(), v_error, logsnr))

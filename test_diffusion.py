@@ -1,0 +1,904 @@
+"""Numbers against closed forms and independent implementations; `pytest test_diffusion.py`, about two minutes on two cores.
+
+Files of real climate data are tried where the environment variable CLIMATE_FILES names a folder of them.
+"""
+import itertools
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import diffusion as D
+import model
+import sample
+import train
+
+HERE = Path(__file__).resolve().parent
+f64 = partial(torch.tensor, dtype=torch.float64)
+
+
+def gaussian_denoiser(w):
+    """The exact denoiser of independent Gaussians of variance w: E[x | z] = alpha w z / (alpha^2 w + sigma^2)."""
+
+    def denoise(z, logsnr):
+        alpha, sigma = (D.expand(a, z) for a in D.alpha_sigma(logsnr.to(z)))
+        return alpha * w * z / (alpha**2 * w + sigma**2)
+
+    return denoise
+
+
+MEANS, STDS, SHARES = f64([-1.5, 1.0]), f64([0.3, 0.5]), f64([0.35, 0.65])
+
+
+def mixture_log_prob(x):
+    """log density of the two-component mixture, elementwise."""
+    parts = SHARES.log() - 0.5 * ((x[..., None] - MEANS) / STDS) ** 2 - STDS.log() - 0.5 * math.log(2 * math.pi)
+    return parts.logsumexp(-1)
+
+
+def mixture_denoiser(z, logsnr):
+    """The exact denoiser of the mixture, elementwise."""
+    alpha, sigma = (D.expand(a, z)[..., None] for a in D.alpha_sigma(logsnr.to(z)))
+    var = alpha**2 * STDS**2 + sigma**2
+    share = (SHARES.log() - 0.5 * (z[..., None] - alpha * MEANS) ** 2 / var - 0.5 * var.log()).softmax(-1)
+    mean = MEANS + alpha * STDS**2 / var * (z[..., None] - alpha * MEANS)
+    return (share * mean).sum(-1)
+
+
+def mixture_draw(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    which = (torch.rand(n, generator=g, dtype=torch.float64) > SHARES[0]).long()
+    return MEANS[which] + STDS[which] * torch.randn(n, generator=g, dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the process
+
+
+@pytest.mark.parametrize("name", D.SCHEDULES)
+def test_schedule_against_extended_precision(name):
+    t = np.linspace(0, 1, 501)
+    l = D.logsnr_schedule(t, name).numpy()
+    u = t.astype(np.longdouble)
+    if name == "cosine":
+        b, top = np.arctan(np.exp(np.longdouble(-15))), np.arctan(np.exp(np.longdouble(15)))
+        expected = -2 * np.log(np.tan(b + (top - b) * u))
+    elif name == "logsnr":
+        expected = 30 - 60 * u
+    elif name == "flow":
+        u = 1 / (1 + np.exp(np.longdouble(15))) * (1 - u) + u / (1 + np.exp(np.longdouble(-15)))
+        expected = 2 * np.log((1 - u) / u)
+    elif name == "rho":
+        ends = np.exp(np.longdouble(-15) / 7), np.exp(np.longdouble(15) / 7)
+        expected = -2 * np.log((ends[0] + u * (ends[1] - ends[0])) ** 7)
+    elif name == "linear":  # the process runs from logsnr 30 to its own end at u = 1
+        G = np.log1p(np.exp(np.longdouble(-30)))
+        u0 = (-0.1 + np.sqrt(np.longdouble(0.01) + 2 * np.longdouble(19.9) * G)) / np.longdouble(19.9)
+        v = u0 + (1 - u0) * u
+        expected = -np.log(np.expm1(np.longdouble(0.1) * v + np.longdouble(19.9) / 2 * v**2))
+        assert abs(l[-1] + 10.05) < 0.01
+    elif name == "ddpm":
+        abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000, dtype=np.longdouble))
+        expected = np.log(abar / (1 - abar))[np.maximum(np.ceil(t * 1000).astype(int) - 1, 0)]
+    elif name == "normal":  # quantiles: the CDF of the result is uniform again
+        from statistics import NormalDist
+
+        inside = np.abs(l) < 29
+        got = np.array([1 - NormalDist(1.0, 2.4).cdf(v) for v in l[inside]])
+        np.testing.assert_allclose(got, t[inside], atol=1e-9)
+        assert (np.diff(l) <= 0).all()
+        return
+    np.testing.assert_allclose(l, expected.astype(float), rtol=1e-7, atol=1e-7)
+    assert (np.diff(l) < 0).all() if name != "ddpm" else (np.diff(l) <= 0).all()
+
+
+def test_schedule_truncation_shift_and_foster():
+    l = D.logsnr_schedule(f64([0.0, 0.3, 1.0]), "cosine", -8.0, 6.0)
+    assert l[0].item() == pytest.approx(6, abs=1e-9) and l[2].item() == pytest.approx(-8, abs=1e-9)
+    # the shift moves the cosine by 2 log(shift) inside a truncation that moves along
+    shifted = D.logsnr_schedule(f64([0.3]), "cosine", -8.0 + 2 * math.log(0.25), 6.0 + 2 * math.log(0.25), shift=0.25)
+    assert shifted.item() == pytest.approx(l[1].item() + 2 * math.log(0.25), abs=1e-9)
+    # Foster's offset cosine: angle linear in t between acos(0.95) and acos(0.02); alpha = cos(angle)
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    start, end = math.acos(0.95), math.acos(0.02)
+    lo, hi = (2 * math.log(math.cos(a) / math.sin(a)) for a in (end, start))
+    assert hi == pytest.approx(2.2255, abs=1e-3) and lo == pytest.approx(-7.824, abs=1e-3)
+    alpha = D.alpha_sigma(D.logsnr_schedule(t, "cosine", lo, hi))[0]
+    torch.testing.assert_close(alpha, torch.cos(start + t * (end - start)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [n for n in D.SCHEDULES if n != "ddpm"])
+def test_log_density_is_the_slope_of_the_schedule(name):
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    h = 1e-6
+    slope = (D.logsnr_schedule(t + h, name, -9.0, 9.0, 0.7) - D.logsnr_schedule(t - h, name, -9.0, 9.0, 0.7)) / (2 * h)
+    log_p = D.log_density(D.logsnr_schedule(t, name, -9.0, 9.0, 0.7), name, -9.0, 9.0, 0.7)
+    torch.testing.assert_close(log_p, -(-slope).log(), rtol=1e-5, atol=1e-5)
+
+
+def test_float32_coefficients_at_the_ends():
+    exact = f64([-30, -29.5, -20, -7, -0.1, 0, 3, 15, 29.7, 30])
+    for got, e in zip(D.alpha_sigma(exact.float()), D.alpha_sigma(exact)):
+        assert (got.double() / e - 1).abs().max() < 1e-5
+    sigma_exact = 1 / np.sqrt(1 + np.exp(exact.numpy().astype(np.longdouble)))
+    np.testing.assert_allclose(D.alpha_sigma(exact)[1].numpy(), sigma_exact.astype(float), rtol=1e-12)
+    # every update is finite in float32 and agrees with float64, over the whole range, in small and large steps
+    g = torch.Generator().manual_seed(0)
+    z, x_hat = torch.randn(64, generator=g, dtype=torch.float64), torch.randn(64, generator=g, dtype=torch.float64)
+    for (t, s), eta in itertools.product([(-30, -29.94), (-30, -6.9), (-1, 0.5), (7, 30), (29.94, 30), (-30, 30), (5, math.inf)], (0.0, 1.0)):
+        full = D.update(z, x_hat, f64(t), f64(s), eta, 0.0, torch.zeros_like)
+        single = D.update(z.float(), x_hat.float(), f64(t), f64(s), eta, 0.0, torch.zeros_like)
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), full, rtol=1e-5, atol=1e-6)
+
+
+def test_forward_process_is_markov():
+    s, t = f64([20.0, 3.0, -1.0, -20.0]), f64([3.0, -1.0, -29.0, -30.0])
+    x, zero = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
+    mean = D.renoise(D.diffuse(x, s, zero), s, t, zero)
+    torch.testing.assert_close(mean, D.diffuse(x, t, zero), rtol=1e-9, atol=0)
+    variance = D.renoise(D.diffuse(zero, s, x), s, t, zero) ** 2 + D.renoise(zero, s, t, x) ** 2
+    torch.testing.assert_close(variance, D.diffuse(zero, t, x) ** 2, rtol=1e-9, atol=0)
+
+
+def test_parameterisations_agree():
+    g = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(7, 2, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    logsnr = torch.linspace(-8, 8, 7, dtype=torch.float64)
+    z = D.diffuse(x, logsnr, eps)
+    alpha, sigma = (D.expand(a, z) for a in D.alpha_sigma(logsnr))
+    for param in D.PARAMS:
+        torch.testing.assert_close(D.to_x(D.target(x, eps, logsnr, param), z, logsnr, param), x)
+    torch.testing.assert_close(D.to_eps(x, z, logsnr), eps)
+    torch.testing.assert_close(D.to_v(x, z, logsnr), alpha * eps - sigma * x)
+    # v is the derivative of z along the angle atan(sigma / alpha)
+    angle = torch.atan2(sigma, alpha)
+    turned = torch.cos(angle + 1e-6) * x + torch.sin(angle + 1e-6) * eps
+    torch.testing.assert_close((turned - z) / 1e-6, D.target(x, eps, logsnr, "v"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("param", D.PARAMS)
+@pytest.mark.parametrize("weighting", D.WEIGHTINGS)
+def test_a_weighting_means_the_same_for_every_parameterisation(param, weighting):
+    g = torch.Generator().manual_seed(0)
+    x, eps, wrong = (torch.randn(5, 6, generator=g, dtype=torch.float64) for _ in range(3))
+    logsnr = f64([-9.0, -3.0, 0.0, 2.0, 9.0])
+    log_p = D.log_density(logsnr, "cosine")
+    z = D.diffuse(x, logsnr, eps)
+    x_hat = x + 0.1 * wrong
+    F = {"v": D.to_v(x_hat, z, logsnr), "eps": D.to_eps(x_hat, z, logsnr), "x": x_hat}
+    F["score"] = -F["eps"] / D.expand(D.alpha_sigma(logsnr)[1], z)
+    loss, v_error = D.training_loss(lambda *a: F[param], x, logsnr, eps, param, weighting, log_p)
+    snr, alpha2, sigma2 = logsnr.exp(), torch.sigmoid(logsnr), torch.sigmoid(-logsnr)
+    x_error = ((0.1 * wrong) ** 2).mean(1)
+    on_x = {  # the same weighting written on the error of x
+        "v": 1 / sigma2, "eps": snr, "x": 1.0, "truncated_snr": snr.clamp(min=1), "min_snr": snr.clamp(max=5),
+        "elbo": snr / (2 * log_p.exp()), "sigmoid": snr / (2 * log_p.exp()) * torch.sigmoid(2 - logsnr),
+    }[weighting]  # fmt: skip
+    torch.testing.assert_close(loss, on_x * x_error, rtol=1e-8, atol=0)
+    torch.testing.assert_close(v_error, x_error / sigma2, rtol=1e-8, atol=0)
+
+
+def test_linear_part_is_the_conditional_expectation():
+    g = torch.Generator().manual_seed(0)
+    w = 10 ** (4 * torch.rand(1, 2, 3, 4, generator=g, dtype=torch.float64) - 2)
+    basis = D.to_modes(torch.eye(24, dtype=torch.float64).reshape(24, 1, 2, 3, 4), inverse=True).reshape(24, 24)  # rows: modes
+    torch.testing.assert_close(basis @ basis.T, torch.eye(24, dtype=torch.float64))
+    C = basis.T @ torch.diag(w.flatten()) @ basis  # the covariance in cells
+    z, logsnr = torch.randn(5, 1, 2, 3, 4, generator=g, dtype=torch.float64), f64([-8.0, -2.0, 0.0, 3.0, 8.0])
+    for param in D.PARAMS:
+        x_hat = D.to_x(D.linear_part(z, logsnr, w, param), z, logsnr, param).reshape(5, 24)
+        for i, l in enumerate(logsnr):
+            alpha, sigma = D.alpha_sigma(l)
+            expected = alpha * C @ torch.linalg.solve(alpha**2 * C + sigma**2 * torch.eye(24, dtype=torch.float64), z[i].flatten())
+            torch.testing.assert_close(x_hat[i], expected, rtol=1e-6, atol=1e-9)
+    white = torch.ones_like(w)
+    assert D.linear_part(z, logsnr, white, "v").abs().max() < 1e-12  # for white data v-prediction is already centred
+    smooth = torch.exp(-torch.arange(8.0, dtype=torch.float64) / 8)[None, :, None, None].expand(1, 8, 3, 4)
+    longer = D.resize_modes(smooth, (16, 3, 4))
+    torch.testing.assert_close(longer[0, :15, 0, 0], torch.exp(-torch.arange(15.0, dtype=torch.float64) / 16))
+
+
+def test_mask_leaves_cells_out_of_the_loss():
+    x = torch.zeros(2, 1, 2, 3, 3)
+    mask = torch.ones_like(x)
+    mask[:, :, :, 0] = 0
+    off = torch.zeros_like(x)
+    off[:, :, :, 0] = 100.0
+    off[:, :, :, 1] = 3.0
+    loss, _ = D.training_loss(lambda *a: off, x, f64([0.0, 0.0]), torch.zeros_like(x), mask=mask)
+    assert loss.tolist() == pytest.approx([4.5, 4.5])  # 9 in three of six cells
+
+
+def test_times_are_stratified():
+    t = D.stratified_times(8, torch.Generator().manual_seed(3)).sort().values
+    torch.testing.assert_close(t.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
+    draws = torch.stack([D.stratified_times(4) for _ in range(4000)]).flatten()
+    assert draws.mean().item() == pytest.approx(0.5, abs=0.01) and draws.var().item() == pytest.approx(1 / 12, abs=0.005)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# samplers
+
+
+def variance_of(step, grid, w):
+    """Exact variance of a linear sampler's output for data variance w: entry k carries the coefficient of noise k."""
+    z, used = torch.zeros(len(grid) + 1, 1, dtype=torch.float64), [0]
+    z[0] = 1.0
+
+    def noise(z):
+        used[0] += 1
+        e = torch.zeros_like(z)
+        e[used[0]] = 1.0
+        return e
+
+    for z, _ in D.sample(gaussian_denoiser(w), z, grid, step, noise):
+        pass
+    return (z**2).sum().item()
+
+
+def test_ancestral_spread_on_the_uniform_time_grid():
+    for steps, lower, upper in ((32, 0.911, 1.021), (128, 0.974, 1.006), (256, 0.986, 1.003), (1000, 0.996, 1.001)):
+        grid = D.sampling_grid(steps)
+        std = lambda v: math.sqrt(variance_of(partial(D.single_step, variance=v), grid, 0.3) / 0.3)
+        assert std(0.0) == pytest.approx(lower, abs=6e-4)
+        assert std(1.0) == pytest.approx(upper, abs=6e-4)
+        assert std(0.0) < std(0.5) < std(1.0)
+
+
+DETERMINISTIC = {"ddim": partial(D.single_step, eta=0.0), "dpmpp": D.multistep, "heun": D.heun, "ode": D.ode}
+STOCHASTIC = {"ancestral": D.single_step, "eta_half": partial(D.single_step, eta=0.5), "dpmpp_sde": partial(D.multistep, eta=1.0),
+              "sde": D.euler_maruyama, "churn": partial(D.heun, churn=0.02)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC])
+def test_samplers_reach_the_exact_spectrum(name):
+    step = (DETERMINISTIC | STOCHASTIC)[name]
+    for w in (0.01, 1.0, 100.0):  # a steep spectrum, each eigenvalue a scalar Gaussian
+        error = [abs(variance_of(step, D.sampling_grid(n, "logsnr", -16.0, 17.0), w) / w - 1) for n in (150, 300)]
+        assert error[1] < 0.06 and (error[1] < error[0] / 1.8 or error[1] < 1e-4)
+
+
+def order_of(step, w=0.3, n=128):
+    """Observed order of convergence in the variance when the step is halved, between finite ends (no final jump)."""
+    exact = lambda l: w * torch.sigmoid(l) + torch.sigmoid(-l)
+    ends = f64([-5.0, 5.0])
+    growth = (exact(ends[1]) / exact(ends[0])).sqrt().item()
+    errors = []
+    for k in (n, 2 * n):
+        *_, (z, _) = D.sample(gaussian_denoiser(w), torch.ones(1, 1, dtype=torch.float64), torch.linspace(-5, 5, k + 1, dtype=torch.float64), step)
+        errors.append(abs(z.item() - growth))
+    return math.log2(errors[0] / errors[1])
+
+
+@pytest.mark.parametrize("name,order", [("ddim", 1), ("dpmpp", 2), ("heun", 2), ("ode", 4)])
+def test_order_of_convergence(name, order):
+    assert order_of(DETERMINISTIC[name]) == pytest.approx(order, abs=0.15)
+
+
+def test_weak_order_of_the_reverse_sde():
+    w, ends = 0.3, f64([-5.0, 5.0])
+    errors = []
+    for k in (256, 512):
+        grid = torch.linspace(-5, 5, k + 1, dtype=torch.float64)
+        start = w * torch.sigmoid(ends[0]) + torch.sigmoid(-ends[0])
+        z = torch.zeros(k + 1, 1, dtype=torch.float64)
+        z[0] = start.sqrt()
+        count = itertools.count(1)
+        noise = lambda z: torch.zeros_like(z).index_fill(0, torch.tensor([next(count)]), 1.0)
+        *_, (z, _) = D.sample(gaussian_denoiser(w), z, grid, D.euler_maruyama, noise)
+        errors.append(abs((z**2).sum().item() - (w * torch.sigmoid(ends[1]) + torch.sigmoid(-ends[1])).item()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
+
+
+def test_update_is_the_textbook_ddpm_posterior():
+    beta = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(1 - beta)
+    logsnrs = D.ddpm_logsnrs()
+    x0, zt = 0.7, -0.4
+    for i in (1, 2, 10, 500, 999):
+        mean = math.sqrt(abar[i - 1]) * beta[i] / (1 - abar[i]) * x0 + math.sqrt(1 - beta[i]) * (1 - abar[i - 1]) / (1 - abar[i]) * zt
+        variance = (1 - abar[i - 1]) / (1 - abar[i]) * beta[i]
+        args = (f64([zt]), f64([x0]), logsnrs[i], logsnrs[i - 1], 1.0)
+        lower = [D.update(*args, 0.0, lambda z, v=v: torch.full_like(z, v)).item() for v in (0.0, 1.0)]
+        upper = [D.update(*args, 1.0, lambda z, v=v: torch.full_like(z, v)).item() for v in (0.0, 1.0)]
+        assert lower[0] == pytest.approx(mean, abs=1e-10)
+        assert (lower[1] - lower[0]) ** 2 == pytest.approx(variance, rel=1e-10)
+        assert (upper[1] - upper[0]) ** 2 == pytest.approx(beta[i], rel=1e-9)  # DDPM's other choice, sigma_t^2 = beta_t
+
+
+def test_ddpm_training_target_is_l_simple():
+    beta = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(1 - beta)
+    x, eps = (torch.randn(3, 5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    i = [0, 400, 999]
+    logsnr = D.logsnr_schedule(f64([(k + 1) / 1000 for k in i]), "ddpm")
+    network = lambda z, l, cond: 0.3 * z  # any function of the noisy input
+    z = torch.from_numpy(np.sqrt(abar[i])[:, None]) * x + torch.from_numpy(np.sqrt(1 - abar[i])[:, None]) * eps
+    expected = ((0.3 * z - eps) ** 2).mean(1)
+    torch.testing.assert_close(D.training_loss(network, x, logsnr, eps, "eps", "eps")[0], expected, rtol=1e-10, atol=0)
+
+
+def test_ddim_is_a_rotation_and_heun_is_edms():
+    z, x_hat, t, s = f64([0.8]), f64([-0.3]), f64(-2.0), f64(-0.7)
+    (a, b), (c, d) = D.alpha_sigma(t), D.alpha_sigma(s)
+    delta = torch.atan2(d, c) - torch.atan2(b, a)
+    v = D.to_v(x_hat, z, t.reshape(1))
+    torch.testing.assert_close(D.update(z, x_hat, t, s, eta=0.0), torch.cos(delta) * z + torch.sin(delta) * v)
+    # EDM's Heun step on y = z / alpha, written in its own variables
+    denoise = gaussian_denoiser(0.3)
+    y, st, ss = z / a, b / a, d / c
+    slope = (y - denoise(z, t.reshape(1))) / st
+    y1 = y + (ss - st) * slope
+    slope1 = (y1 - denoise(y1 * c, s.reshape(1))) / ss
+    expected = (y + (ss - st) * (slope + slope1) / 2) * c
+    torch.testing.assert_close(D.heun(denoise, z, t, s, None, None)[0], expected)
+
+
+def test_ve_and_vp_give_the_same_samples():
+    w, grid = 0.3, D.sampling_grid(20, "logsnr", -10.0, 10.0)
+    z = torch.randn(5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    *_, (vp, _) = D.sample(gaussian_denoiser(w), z, grid, DETERMINISTIC["ddim"])
+    y, sigma = z / D.alpha_sigma(grid[0])[0], (-grid / 2).exp()  # Euler on dy/dsigma = (y - x_hat) / sigma
+    for a, b in zip(sigma[:-1], sigma[1:]):
+        y = y + (b - a) * (y - w / (w + a**2) * y) / a
+    torch.testing.assert_close(vp, y, rtol=1e-9, atol=1e-12)
+
+
+def test_langevin_recovers_the_mixture():
+    torch.manual_seed(0)
+    grid, z = D.sampling_grid(80, "logsnr", -8.0, 9.0), torch.randn(20000, 1, dtype=torch.float64)
+    truth = (mixture_draw(200_000) < -0.5).double().mean().item()  # between the components, which hardly overlap
+    for step in (partial(D.langevin, num_corrections=10, snr=0.25), D.SAMPLERS["pc"]):
+        *_, (x, _) = D.sample(mixture_denoiser, z, grid, step)
+        assert (x < -0.5).double().mean().item() == pytest.approx(truth, abs=0.03)
+
+
+def test_clip_keeps_x_hat_in_range():
+    denoise = D.clip(lambda z, l: 5 * z, -1.0, 1.0)
+    *_, (z, x_hat) = D.sample(denoise, f64([[-3.0], [0.01]]), D.sampling_grid(8), D.single_step, torch.zeros_like)
+    assert z.abs().max() <= 1 and x_hat.abs().max() <= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# likelihoods
+
+
+def test_continuous_elbo_is_the_entropy_of_a_gaussian():
+    w = f64([0.01, 0.3, 1.0, 5.0])
+    lo, hi = -30.0, 30.0
+    # expectations over x and eps in closed form: z ~ N(0, alpha^2 w + sigma^2), E|eps - eps_hat|^2 = alpha^2 w / (...)
+    l = torch.linspace(lo, hi, 20001, dtype=torch.float64)
+    error = (torch.sigmoid(l)[:, None] * w / (torch.sigmoid(l)[:, None] * w + torch.sigmoid(-l)[:, None])).sum(1)
+    diffusion = 0.5 * torch.trapezoid(error, l).item()
+    prior = D.prior_kl(w.sqrt()[None], lo).item()  # x^2 = w in expectation
+    elbo = prior + diffusion + D.reconstruction_nll(4, hi)
+    entropy = 0.5 * (math.log(2 * math.pi * math.e) + w.log()).sum().item()
+    assert elbo / 4 == pytest.approx(entropy / 4, abs=1e-3)
+    # and the one-sample estimator averages to that diffusion term
+    g = torch.Generator().manual_seed(0)
+    n = 200_000
+    x, eps = w.sqrt() * torch.randn(n, 4, generator=g, dtype=torch.float64), torch.randn(n, 4, generator=g, dtype=torch.float64)
+    estimate = D.diffusion_nll(gaussian_denoiser(w), x, D.stratified_times(n, g), eps, lo, hi)
+    assert estimate.mean().item() == pytest.approx(diffusion, abs=4 * estimate.std().item() / math.sqrt(n))
+
+
+def discrete_bound(w, logsnrs):
+    """Closed form of the T-step bound for a scalar Gaussian."""
+    l = logsnrs[:-1]
+    error = torch.sigmoid(l) * w / (torch.sigmoid(l) * w + torch.sigmoid(-l))
+    kl = (0.5 * torch.expm1(logsnrs[1:] - l) * error).sum().item()
+    return kl + D.prior_kl(f64([[math.sqrt(w)]]), logsnrs[0]).item() + D.reconstruction_nll(1, logsnrs[-1].item())
+
+
+def test_discrete_bound_decreases_to_the_continuous_one():
+    w = 0.3
+    entropy = 0.5 * math.log(2 * math.pi * math.e * w)
+    bounds = [discrete_bound(w, torch.linspace(-30, 30, T + 1, dtype=torch.float64)) for T in (10, 100, 1000, 10000)]
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] - entropy == pytest.approx(0, abs=0.05) and bounds[-1] > entropy
+    # on the uniform-time grid of the +-30 cosine the last step dominates
+    for T, expected in ((10, 1.2e11), (100, 1.3e9), (1000, 1.3e7)):
+        grid = D.logsnr_schedule(torch.linspace(1, 0, T + 1, dtype=torch.float64))
+        assert discrete_bound(w, grid) == pytest.approx(expected, rel=0.05)
+    # the estimator agrees with the closed form
+    grid, n = torch.linspace(-30, 30, 101, dtype=torch.float64), 100_000
+    g = torch.Generator().manual_seed(0)
+    x, eps = math.sqrt(w) * torch.randn(n, 1, generator=g, dtype=torch.float64), torch.randn(n, 1, generator=g, dtype=torch.float64)
+    estimate = D.discrete_nll(gaussian_denoiser(w), x, D.stratified_times(n, g), eps, grid)
+    exact = discrete_bound(w, grid) - D.prior_kl(f64([[math.sqrt(w)]]), -30.0).item() - D.reconstruction_nll(1, 30.0)
+    assert estimate.mean().item() == pytest.approx(exact, abs=4 * estimate.std().item() / math.sqrt(n))
+
+
+ODE_GRID = torch.linspace(14, -14, 401, dtype=torch.float64)
+
+
+def test_ode_likelihood_of_a_gaussian_and_a_mixture():
+    w = f64([0.05, 0.3, 1.0, 4.0])
+    x = w.sqrt() * torch.randn(32, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = (-0.5 * x**2 / w - 0.5 * (2 * math.pi * w).log()).sum(1)
+    got = D.ode_log_likelihood(gaussian_denoiser(w), x, ODE_GRID)
+    assert ((got - exact) / 4).abs().max() < 1e-4
+    probes = torch.randint(0, 2, (4, 32, 4), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    estimate = D.ode_log_likelihood(gaussian_denoiser(w), x, ODE_GRID, probes)
+    assert (estimate - exact).abs().max() < 1e-3  # a diagonal Jacobian: Hutchinson's probes are exact
+    x = mixture_draw(64)[:, None]
+    got = D.ode_log_likelihood(mixture_denoiser, x, ODE_GRID)
+    assert (got - mixture_log_prob(x)[:, 0]).abs().max() < 1e-2
+
+
+def test_hutchinson_is_unbiased():
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(6, 6, generator=g, dtype=torch.float64)
+    C = A @ A.T / 6 + 0.3 * torch.eye(6, dtype=torch.float64)  # a full covariance: probes have variance
+    eye = torch.eye(6, dtype=torch.float64)
+
+    def denoise(z, logsnr):
+        l = logsnr[0].double()
+        return D.alpha_sigma(l)[0] * z @ torch.linalg.solve(torch.sigmoid(l) * C + torch.sigmoid(-l) * eye, C)
+
+    x = torch.randn(1, 6, generator=g, dtype=torch.float64) @ torch.linalg.cholesky(C).T
+    exact = torch.distributions.MultivariateNormal(torch.zeros(6, dtype=torch.float64), C).log_prob(x)
+    assert D.ode_log_likelihood(denoise, x, ODE_GRID).item() == pytest.approx(exact.item(), abs=6e-4)
+    probes = torch.randint(0, 2, (1, 256, 6), generator=g).double() * 2 - 1
+    estimates = D.ode_log_likelihood(denoise, x.expand(256, 6), ODE_GRID[::8], probes)
+    error = estimates.std().item() / 16
+    assert estimates.mean().item() == pytest.approx(exact.item(), abs=2 * error + 1e-3) and error > 0.01
+
+
+def test_encode_decode_and_interpolate():
+    w = f64([0.05, 0.3, 1.0, 4.0])
+    denoise = gaussian_denoiser(w)
+    grid = torch.linspace(14, -14, 201, dtype=torch.float64)
+    x = w.sqrt() * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    *_, (latent, _) = D.sample(denoise, D.diffuse(x, grid[:1], torch.zeros_like(x)), grid, D.ode)
+    *_, (back, _) = D.sample(denoise, latent, torch.cat([grid.flip(0), f64([math.inf])]), D.ode)
+    assert (back - x).abs().max() < 1e-3
+    assert latent.mean(0).abs().max() < 4 / math.sqrt(4000) and (latent.var(0) - 1).abs().max() < 4 * math.sqrt(2 / 4000)
+    off = torch.corrcoef(latent.T) - torch.eye(4, dtype=torch.float64)
+    assert off.abs().max() < 4 / math.sqrt(4000)
+    a, b = latent[:2000], latent[2000:]
+    torch.testing.assert_close(D.interpolate(a, b, 0.0), a)
+    torch.testing.assert_close(D.interpolate(a, b, 1.0), b, atol=1e-12, rtol=0)
+    assert D.interpolate(a, b, 0.3).var().item() == pytest.approx(1, abs=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the network
+
+
+def small_unet(**kw):
+    torch.manual_seed(0)
+    net = model.UNet(model.Config(**{"width": 16, "mults": (1, 2), "blocks": 1, "heads": 2, **kw}))
+    with torch.no_grad():  # wake the outputs that start at zero
+        for p in net.parameters():
+            if p.abs().max() == 0:
+                p.normal_(0, 0.05)
+    return net.eval()
+
+
+@torch.no_grad()
+def test_unet_starts_at_zero_and_sees_everything():
+    fresh = model.UNet(model.Config(width=16))
+    assert fresh(torch.randn(1, 1, 2, 8, 8), torch.zeros(1)).abs().max() == 0
+    net = small_unet(in_channels=2, cond_channels=1)
+    z, l, cond = torch.randn(2, 2, 5, 9, 7), f64([-3.0, 2.0]).float(), torch.randn(2, 1, 5, 9, 7)
+    base = net(z, l, cond)
+    assert base.shape == z.shape
+    for a in (z, cond):  # far corner, last frame: padding and cropping lose nothing, attention reaches everywhere
+        a[0, 0, 4, 8, 6] += 1
+        changed = (net(z, l, cond) - base).abs()
+        a[0, 0, 4, 8, 6] -= 1
+        assert changed[0].amin() > 0 and changed[1].max() == 0  # everything in its own clip, nothing in the other
+    assert (net(z, l + 1, cond) - base).abs().amin() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T,H,W", [(1, 8, 8), (3, 33, 49), (20, 12, 10)])
+def test_unet_does_not_depend_on_the_batch(T, H, W):
+    net = small_unet()
+    z, l = torch.randn(3, 1, T, H, W), torch.tensor([-5.0, 0.0, 5.0])
+    torch.testing.assert_close(net(z, l)[1:2], net(z[1:2], l[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_periodic_longitude_commutes_with_rotation():
+    for wrap, same in ((True, True), (False, False)):
+        net = small_unet(wrap_x=wrap)
+        net.position.weight.zero_()
+        z, l = torch.randn(1, 1, 3, 8, 16), torch.zeros(1)
+        rolled, expected = net(z.roll(4, -1), l), net(z, l).roll(4, -1)
+        assert torch.allclose(rolled, expected, atol=1e-5) == same
+
+
+@torch.no_grad()
+def test_time_attention_depends_on_differences():
+    q, k = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    score = model.rotary(q) @ model.rotary(k).mT
+    later = model.rotary(torch.cat([torch.zeros(1, 3, 8), q], 1)) @ model.rotary(torch.cat([torch.zeros(1, 3, 8), k], 1)).mT
+    torch.testing.assert_close(score, later[:, 3:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_unet_compiles_without_a_break():
+    torch._dynamo.reset()
+    net = small_unet()
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    fast = torch.compile(net, backend=counter, fullgraph=True)
+    z = torch.randn(2, 1, 4, 8, 8)
+    for l in (-3.0, 0.5, 7.0):  # new log-SNRs are new numbers, not new programs
+        torch.testing.assert_close(fast(z, torch.full((2,), l)), net(z, torch.full((2,), l)))
+    assert counter.frame_count == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# climate arrays
+
+
+def small_builtin(monkeypatch, tmp_path, kind="climate", size=8, seasons=8, hours=400):
+    monkeypatch.setattr(data, "SEASONS", seasons)
+    monkeypatch.setattr(data, "SEASON_HOURS", hours)
+    return data.builtin(kind, size, 0, tmp_path)
+
+
+def test_builtin_gaussian_has_its_covariance(monkeypatch, tmp_path):
+    c = small_builtin(monkeypatch, tmp_path, "gaussian", 6, 240, 40)
+    x = c.frames(0, len(c)).reshape(240, 40, 6, 6)[:, ::10].reshape(-1, 36)  # single frames
+    clips = c.frames(0, len(c)).reshape(240 * 5, 8 * 36)
+    exact = data.gaussian_covariance(8, 6).numpy()
+    np.testing.assert_allclose(np.diag(exact), 1, atol=1e-12)
+    assert np.linalg.eigvalsh(exact).min() > 0
+    # every season is an independent draw of the field: 240 of them at lag 0 .. 7, compared mode by mode
+    first = c.frames(0, len(c)).reshape(240, 40, 36)[:, :8].reshape(240, 288)
+    values, vectors = np.linalg.eigh(exact)
+    scores = (first @ vectors) ** 2 / values  # each column a mean of 240 chi-squared variables
+    assert np.abs(scores.mean(0) - 1).max() < 5.5 * math.sqrt(2 / 240) and abs(scores.mean() - 1) < 0.02
+    # advection from the west: the correlation one hour later peaks to the east
+    C = exact.reshape(8, 6, 6, 8, 6, 6)
+    assert C[0, 3, 2, 1, 3, 4] > C[0, 3, 2, 1, 3, 0] + 0.05
+
+
+def test_gaussian_covariance_at_the_design_point():
+    w = torch.linalg.eigvalsh(data.gaussian_covariance(8, 16))
+    assert w[-1].item() == pytest.approx(901, abs=1)
+    l = D.logsnr_schedule(torch.linspace(0, 1, 401, dtype=torch.float64), "cosine", -10.0, 10.0)[:, None]
+    bayes = (w / (torch.sigmoid(l) * w + torch.sigmoid(-l))).mean(1)
+    assert torch.trapezoid(bayes, dx=1 / 400).item() == pytest.approx(0.259, abs=2e-3)
+
+
+def test_builtin_climate_follows_its_marginal_law(monkeypatch, tmp_path):
+    c = small_builtin(monkeypatch, tmp_path, size=8, seasons=400, hours=25)
+    rain = c.frames(0, len(c))[0].reshape(400, 25, 8, 8)
+    q = [0.0, 0.01, 1.0, 4.0]
+    exact = data.rain_cdf(q, 8)  # (4, 8, 8)
+    for level, p in zip(q, exact):
+        share = (rain <= level).mean(1)  # (400, 8, 8) independent seasons
+        error = share.mean((1, 2)).std() / math.sqrt(400)
+        assert abs(share.mean() - p.mean()) < 4 * error
+        assert np.abs(share.mean(0) - p).max() < 5 * share.std(0).max() / math.sqrt(400)
+    assert c.frames(0, len(c)).tobytes() == small_builtin(monkeypatch, tmp_path / "again", size=8, seasons=400, hours=25).frames(0, len(c)).tobytes()
+
+
+def test_windows_stay_within_blocks_and_gaps():
+    hours = np.concatenate([np.arange(40), 100 + np.arange(35), 140 + 0 * np.arange(1), 141 + np.arange(24)]).astype(float)
+    c = data.Climate([[np.zeros((100, 2, 2), np.float32)]], hours, ["a"], [{}])
+    train_starts, test = data.split_windows(c, 5)
+    assert set(train_starts) | set(test) and not set(data.covered_frames(train_starts, 5)) & set(data.covered_frames(test, 5))
+    for s in (*train_starts, *test):
+        steps = np.diff(hours[s : s + 5])
+        assert (steps == 1).all()
+    assert 38 not in train_starts and 38 not in test and 73 not in test  # 38..42 crosses a gap
+    months = np.cumsum([0] + [31, 28, 31, 30, 31, 30] * 10) * 24.0  # months of 28 to 31 days are no gaps
+    c = data.Climate([[np.zeros((61, 2, 2), np.float32)]], months, ["a"], [{}])
+    assert len(np.concatenate(data.split_windows(c, 3))) == 5 * (12 - 2)
+    with pytest.raises(data.InputError, match="at least"):
+        data.split_windows(c, 31)
+
+
+def test_every_fifth_season_is_test(monkeypatch, tmp_path):
+    c = small_builtin(monkeypatch, tmp_path, size=4, seasons=10, hours=12)
+    train_starts, test = data.split_windows(c, 8)
+    assert sorted(set(test // 12)) == [4, 9] and len(test) == 2 * 5 and len(train_starts) == 8 * 5
+
+
+@pytest.mark.parametrize("name", data.TRANSFORMS)
+def test_transforms_invert_exactly(name):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((40, 1, 3, 4)) * 10 ** rng.uniform(-4, 2, (40, 1, 3, 4))).astype(np.float32)
+    c = data.Climate([[x[:, 0]]], np.arange(40), ["a"], [{}])
+    fitted = data.fit_transform(c, np.arange(20), 4, name)
+    clip = data.clips(c, [0, 9], 4)
+    y, mask = data.normalise(clip, fitted)
+    np.testing.assert_allclose(data.denormalise(y, fitted), clip, rtol=2e-5, atol=2e-5 * np.abs(clip).max() * 1e-3)
+    training = data.normalise(data.clips(c, [0, 4, 8, 12, 16, 19], 4), fitted)[0]
+    seen = data.normalise(c.frames(0, 23)[None], fitted)[0]
+    assert seen.mean().abs() < 1e-5 and abs(seen.std(correction=0) - 1) < 1e-5  # statistics of the training frames alone
+    assert mask.all() and training.isfinite().all()
+
+
+def test_rain_gets_a_cube_root_and_a_floor_and_nan_a_mask():
+    rng = np.random.default_rng(0)
+    rain = np.maximum(rng.standard_normal((50, 4, 4)) - 1, 0).astype(np.float32)
+    rain[:, 0, 0] = np.nan
+    heat = (280 + rng.standard_normal((50, 4, 4))).astype(np.float32)
+    heat[3, 1, 1] = np.inf
+    c = data.Climate([[rain, heat]], np.arange(50), ["rain", "heat"], [{}, {}])
+    fitted = data.fit_transform(c, np.arange(30), 4, "auto")
+    assert [f["name"] for f in fitted] == ["cbrt", "none"] and fitted[0]["floor"] == 0 and fitted[1]["floor"] is None
+    y, mask = data.normalise(data.clips(c, [0], 4), fitted)
+    assert y.isfinite().all() and mask[0, 0, :, 0, 0].sum() == 0 and mask[0, 1, 3, 1, 1] == 0 and mask.sum() == 2 * 4 * 16 - 5
+    valid = data.valid_cells(c, np.arange(50))
+    assert valid[0, 0, 0, 0] == 0 and valid.sum() == 31
+    back = data.denormalise(y - 9.0, fitted, valid)
+    assert (back[0, 0][:, 1:] == 0).all() and np.isnan(back[0, 0, :, 0, 0]).all()  # never below the floor, NaN restored
+    with pytest.raises(data.InputError, match="constant"):
+        data.fit_transform(data.Climate([[rain * 0]], np.arange(50), ["z"], [{}]), np.arange(30), 4, "auto")
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    starts = np.arange(1000)
+    assert (data.pick(starts, 1, (5, 0), 8) == data.pick(starts, 1, (5, 0), 8)).all()
+    assert len({tuple(data.pick(starts, *a, 8)) for a in ((1, (5, 0)), (1, (5, 1)), (1, (6, 0)), (2, (5, 0)))}) == 4
+
+
+FIELD = (280 + np.random.default_rng(0).standard_normal((24, 5, 6))).astype(np.float32)
+
+
+def test_numpy_files(tmp_path):
+    np.save(tmp_path / "a.npy", FIELD)
+    np.save(tmp_path / "two.npy", np.stack([FIELD, 2 * FIELD], 1))
+    np.savez(tmp_path / "b.npz", t2m=FIELD, pr=-FIELD, time=3.0 * np.arange(24), lat=np.arange(5.0), flag=np.zeros(3))
+    a, two, b = (data.open_climate(tmp_path / n) for n in ("a.npy", "two.npy", "b.npz"))
+    assert (a.frames(3, 7) == FIELD[None, 3:7]).all() and isinstance(a.pieces[0][0], np.memmap)
+    assert two.names == ["two_0", "two_1"] and (two.frames(0, 24)[1] == 2 * FIELD).all()
+    assert b.names == ["t2m", "pr"] and b.step_hours == 3 and list(b.coords) == ["y"]
+    assert (data.open_climate(tmp_path / "b.npz", "pr").frames(1, 2)[0] == -FIELD[1:2]).all()
+    folder = tmp_path / "many"
+    folder.mkdir()
+    np.save(folder / "y1.npy", FIELD[:11]), np.save(folder / "y2.npy", FIELD[11:])
+    c = data.open_climate(folder)
+    assert (c.frames(9, 14)[0] == FIELD[9:14]).all()
+    assert all(not s <= 10 < s + 2 for s in np.concatenate(data.split_windows(c, 3)))  # files without times do not join
+    for name, match in (("a.npy", "no field 'x'"), ("nowhere.nc", "neither"), ("bad.npy", "cannot read")):
+        (tmp_path / "bad.npy").write_bytes(b"not an array")
+        with pytest.raises(data.InputError, match=match):
+            data.open_climate(tmp_path / name, "x")
+    np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(data.InputError, match="cannot read"):
+        data.open_climate(tmp_path / "evil.npy")
+
+
+def test_netcdf_and_zarr_files(tmp_path):
+    xr = pytest.importorskip("xarray")
+    pytest.importorskip("netCDF4"), pytest.importorskip("zarr"), pytest.importorskip("cftime")
+    lat, lon = np.linspace(60, 50, 5), np.arange(6) * 60.0
+    hot = {"units": "K", "standard_name": "air_temperature"}
+    for calendar in ("noleap", "360_day", "standard"):
+        times = xr.date_range("2001-02-20", periods=24, freq="D", calendar=calendar, use_cftime=calendar != "standard")
+        ds = xr.Dataset(
+            {"t2m": (("lat", "lon", "time"), FIELD.transpose(1, 2, 0), hot), "pr": (("time", "lat", "lon"), FIELD - 280),
+             "time_bnds": (("time", "bnds"), np.zeros((24, 2))), "crs": ((), 1)},
+            {"time": times, "lat": ("lat", lat, {"units": "degrees_north"}), "lon": ("lon", lon, {"units": "degrees_east"}), "height": 2.0},
+        )  # fmt: skip
+        ds["t2m"].encoding = {"dtype": "int16", "scale_factor": 0.001, "add_offset": 280.0, "_FillValue": -32768}
+        ds.isel(time=slice(0, 15)).to_netcdf(tmp_path / "a.nc")
+        ds.isel(time=slice(15, 24)).to_netcdf(tmp_path / "b.nc")
+        c = data.open_climate(tmp_path, "t2m")  # a folder: the files join in time
+        np.testing.assert_allclose(c.frames(0, 24)[0], FIELD, atol=1e-3)
+        assert c.calendar in (calendar, "standard") and np.allclose(np.diff(c.hours), 24) and c.wraps() and c.dims == ("lat", "lon")
+        assert c.coords["lat"]["values"][0] == 60 and c.attrs[0]["units"] == "K" and set(c.coords) == {"lat", "lon"}
+        assert data.open_climate(tmp_path / "a.nc").names == ["t2m", "pr"]
+        with pytest.raises(data.InputError, match="choose --variables from t2m, pr"):
+            data.open_climate(tmp_path / "a.nc", "crs")
+        (tmp_path / "a.nc").unlink(), (tmp_path / "b.nc").unlink()
+    rotated = ds.rename(lat="rlat", lon="rlon").drop_vars("time_bnds")
+    rotated["latitude"] = (("rlat", "rlon"), np.zeros((5, 6)))
+    rotated.to_zarr(tmp_path / "z.zarr")
+    z = data.open_climate(tmp_path / "z.zarr", "pr")
+    np.testing.assert_allclose(z.frames(2, 9)[0], FIELD[2:9] - 280, atol=1e-6)
+    assert z.dims == ("rlat", "rlon")
+    (tmp_path / "broken.nc").write_bytes(b"CDF nonsense")
+    with pytest.raises(data.InputError, match="cannot read"):
+        data.open_climate(tmp_path / "broken.nc")
+
+
+def test_verification_statistics():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 6, 8, 10))
+    k, p = data.spatial_spectrum(x)
+    assert len(k) == 4 and np.abs(p - 1).max() < 0.05  # white noise: power 1 at every scale
+    wave = np.cos(2 * np.pi * 2 * np.arange(8) / 8)[:, None] * np.ones(8)
+    assert data.spatial_spectrum(np.tile(wave, (1, 1, 1, 1)))[1].argmax() == 1
+    f, q = data.temporal_spectrum(x)
+    assert len(f) == 3 and np.abs(q - 1).max() < 0.05
+    ar = np.zeros((400, 6, 4, 4))
+    ar[:, 0] = rng.standard_normal((400, 4, 4))
+    for t in range(1, 6):
+        ar[:, t] = 0.8 * ar[:, t - 1] + 0.6 * rng.standard_normal((400, 4, 4))
+    np.testing.assert_allclose(data.autocorrelation(ar), 0.8 ** np.arange(6), atol=0.03)
+    rain = np.maximum(x, 0)
+    same, wetter = data.compare(rain[:100], rain[100:], 0.0), data.compare(1.5 * rain[:100], rain[100:], 0.0)
+    assert same["dry_fraction"] == pytest.approx([0.504, 0.504], abs=0.01)
+    assert abs(same["quantiles"]["0.99"][2]) < 0.03 and wetter["quantiles"]["0.99"][2] == pytest.approx(0.5, abs=0.04)
+    assert wetter["spatial_power"]["median_error"] == pytest.approx(1.25, abs=0.1)
+    assert wetter["mean_abs_bias"] == pytest.approx(0.5, abs=0.06) and same["mean_abs_bias"] < 0.1
+    rain[:, :, 0] = np.nan
+    assert data.compare(rain[:100], rain[100:], 0.0)["dry_fraction"] == pytest.approx([0.504, 0.504], abs=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the scripts
+
+
+@pytest.fixture
+def field(tmp_path):
+    """A small drifting wave with noise as a .npy file; returns common command-line arguments."""
+    t, y, x = np.meshgrid(np.arange(60), np.arange(9), np.arange(10), indexing="ij")
+    noise = np.random.default_rng(0).standard_normal((60, 9, 10))
+    np.save(tmp_path / "wave.npy", (np.cos(2 * np.pi * (x - t) / 10) + 0.1 * noise).astype(np.float32))
+    return [f"--dataset={tmp_path}/wave.npy", f"--out_dir={tmp_path}/out", "--frames=4", "--width=16", "--batch_size=4",
+            "--warmup_iters=2", "--eval_iters=1", "--log_interval=1", "--device=cpu", "--dtype=float32"]  # fmt: skip
+
+
+def test_training_overfits_one_clip(tmp_path):
+    torch.manual_seed(0)
+    net = model.UNet(model.Config(width=32, blocks=1))
+    x = torch.randn(1, 1, 4, 8, 8).expand(8, 1, 4, 8, 8)
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for i in range(150):
+        logsnr = D.logsnr_schedule(D.stratified_times(8))
+        loss, _ = D.training_loss(net, x, logsnr, torch.randn_like(x))
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    *_, (z, _) = D.sample(D.make_denoiser(net.eval().requires_grad_(False), "v"), torch.randn(2, 1, 4, 8, 8), D.sampling_grid(32), D.SAMPLERS["ddim"])
+    assert (z - x[:2]).pow(2).mean() < 0.1  # every sample is the one clip it knows, whose variance is 1
+
+
+def test_resume_is_bit_identical(field, tmp_path):
+    train.main([*field, "--max_iters=6", "--eval_interval=3"])
+    whole = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    log = [json.loads(l) for l in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    halfway = torch.load(tmp_path / "out/ckpt.prev.pt", weights_only=True)
+    assert halfway["step"] == 3
+    train.save_checkpoint(tmp_path / "out/ckpt.pt", halfway)
+    torch.manual_seed(123)
+    train.main([*field, "--max_iters=6", "--eval_interval=3", "--init_from=resume"])
+    again = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][k], again[part][k]) for k in whole[part])
+    for a, b in zip(whole["optimizer"]["state"].values(), again["optimizer"]["state"].values()):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    log2 = [json.loads(l) for l in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    strip = lambda lines: [{k: v for k, v in l.items() if k != "clips_per_s"} for l in lines]
+    assert strip(log) == strip(log2) and [l["iter"] for l in log] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("settings,options", [
+    (["--param=v"], ["--sampler=dpmpp"]), (["--param=eps", "--schedule=linear"], ["--sampler=ddim", "--eta=0.5"]),
+    (["--param=x", "--schedule=flow", "--weighting=min_snr"], ["--sampler=heun", "--churn=0.1"]),
+    (["--param=score", "--schedule=ddpm"], ["--sampler=dpmpp_sde"]), (["--schedule=normal", "--weighting=sigmoid"], ["--sampler=pc"]),
+    (["--schedule=logsnr", "--weighting=elbo", "--logsnr_min=-6", "--logsnr_max=6"], ["--sampler=sde"]),
+    (["--schedule=rho", "--weighting=truncated_snr", "--loss_power=1"], ["--sampler=langevin", "--steps=40"]),
+    (["--weighting=x", "--gradient_accumulation_steps=2"], ["--sampler=ode"]), (["--weighting=eps"], ["--variance=0.5", "--spacing=rho"]),
+])  # fmt: skip
+def test_train_and_sample_from_the_command_line(field, tmp_path, settings, options):
+    train.main([*field, "--max_iters=2", *settings])
+    sample.main([f"--out_dir={tmp_path}/out", "--steps=8", "--num_samples=3", "--batch_size=2", "--device=cpu", "--dtype=float32", *options])
+    with np.load(tmp_path / "out/samples/samples.npz") as f:
+        assert f["samples"].shape == (3, 1, 4, 9, 10) and np.isfinite(f["samples"]).all()
+    report = json.loads((tmp_path / "out/samples/verify.json").read_text())
+    assert report["wave"]["samples"] == 3
+
+
+def test_edit_encode_morph_theory_and_likelihood(field, tmp_path, capsys):
+    train.main([*field, "--max_iters=2", "--ode_clips=2"])
+    args = [f"--out_dir={tmp_path}/out", "--num_samples=3", "--batch_size=2", "--device=cpu", "--dtype=float32"]
+    drawn = {}
+    for task in ("--task=encode --sampler=ode --steps=60", "--task=morph --sampler=ode --steps=60", "--task=edit --edit_logsnr=7 --spacing=logsnr --steps=100 --theory=true"):
+        sample.main([*args, *task.split()])
+        drawn[task.split()[0][7:]] = np.load(tmp_path / "out/samples/samples.npz")["samples"]
+    checkpoint = train.load_checkpoint(tmp_path / "out/ckpt.pt")
+    given = sample.given_clips(train.SimpleNamespace(input=""), checkpoint["settings"], checkpoint["data"], 3)
+    np.testing.assert_allclose(drawn["encode"], given, atol=2e-2)
+    np.testing.assert_allclose(drawn["morph"][[0, 2]], given[[0, 2]], atol=2e-2)  # both ends are the given fields
+    assert 0.001 < np.abs(drawn["edit"] - given).mean() < 0.1  # little noise: close to the given fields, not equal
+    assert "round trip" in capsys.readouterr().out and (tmp_path / "out/samples/theory.png").exists()
+    train.main([*field, "--init_from=resume", "--eval_only=true", "--ode_steps=40", "--ode_clips=6", "--eval_iters=40"])
+    table = {l[2:36].strip(): [float(v) for v in l[36:].split()] for l in capsys.readouterr().out.splitlines() if l.startswith("  ")}
+    nats, error, bits = table["continuous bound"]
+    assert nats == pytest.approx(sum(table[k][0] for k in ("prior", "diffusion", "reconstruction")), abs=1e-3) and bits == pytest.approx(nats / math.log(2), abs=1e-3)
+    fitted = checkpoint["data"]["transform"][0]
+    assert table["continuous bound, physical"][0] == pytest.approx(nats + math.log(fitted["std"]), abs=1e-3)  # log |dx/dy|
+    assert table["discrete bound, T = 1000"][0] > nats - 3 * error
+    assert table["probability-flow ODE"][0] == pytest.approx(nats, abs=3 * error + 3 * table["probability-flow ODE"][1] + 0.3)
+
+
+def test_samples_do_not_depend_on_the_batch(field, tmp_path):
+    train.main([*field, "--max_iters=2"])
+    args = [f"--out_dir={tmp_path}/out", "--steps=4", "--verify=false", "--device=cpu", "--dtype=float32"]
+    drawn = []
+    for more in (["--num_samples=5", "--batch_size=5"], ["--num_samples=3", "--batch_size=2"], ["--num_samples=3", "--seed=1"]):
+        sample.main([*args, *more])
+        drawn.append(np.load(tmp_path / "out/samples/samples.npz")["samples"])
+    np.testing.assert_allclose(drawn[0][:3], drawn[1], rtol=1e-4, atol=1e-4)
+    assert np.abs(drawn[0][:3] - drawn[2]).min() > 0
+
+
+def test_written_samples_open_in_xarray(tmp_path):
+    xr = pytest.importorskip("xarray")
+    pytest.importorskip("netCDF4")
+    field = np.where(np.arange(30).reshape(5, 6) % 7 == 0, np.nan, FIELD - 270).astype(np.float32)
+    lat, lon = np.linspace(60, 50, 5), np.arange(6) - 10.0
+    ds = xr.Dataset({"sst": (("time", "lat", "lon"), field, {"units": "degC"})},
+                    {"time": np.datetime64("2001-01-01") + np.arange(24) * np.timedelta64(6, "h"), "lat": ("lat", lat, {"units": "degrees_north"}), "lon": lon})  # fmt: skip
+    ds.to_netcdf(tmp_path / "sst.nc")
+    train.main([f"--dataset={tmp_path}/sst.nc", f"--out_dir={tmp_path}/o", "--frames=3", "--width=16", "--max_iters=2", "--batch_size=2", "--eval_iters=1", "--device=cpu"])
+    sample.main([f"--out_dir={tmp_path}/o", "--steps=3", "--num_samples=2", "--device=cpu"])
+    got = xr.open_dataset(tmp_path / "o/samples/samples.nc", decode_timedelta=False)
+    assert got.sst.dims == ("realization", "time", "lat", "lon") and got.sst.attrs["units"] == "degC" and "sample.py" in got.attrs["history"]
+    np.testing.assert_array_equal(got.lat, lat), np.testing.assert_array_equal(got.lon, lon)
+    assert got.time.values.tolist() == [0, 6, 12] and got.lat.attrs["units"] == "degrees_north"
+    assert (np.isnan(got.sst.values) == np.isnan(field[0])).all()
+
+
+@pytest.mark.parametrize("script,args,message", [
+    (train, ["--bogus=1"], "unrecognized"), (train, ["--max_iters=ten"], "invalid int"), (train, ["--param=w"], "invalid choice"),
+    (train, ["--eval_only=maybe"], "true or false"), (train, ["--logsnr_min=9", "--logsnr_max=-9"], "below"), (train, ["--frames=0"], "at least 1"),
+    (train, ["--dataset=nowhere"], "neither"), (train, ["--width=20"], "multiple of 16"), (train, ["--mults=1,x"], "whole numbers"),
+    (train, ["--schedule=ddpm", "--weighting=elbo"], "discrete chain"), (train, ["--init_from=resume"], "no checkpoint"), (train, ["--device=tpu"], "not available"),
+    (train, ["--learning_rate=nan"], "finite"), (sample, ["--steps=0"], "at least 1"), (sample, ["--sampler=ddim", "--churn=1"], "belongs to"), (sample, [], "no checkpoint"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_changes_nothing(script, args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *args])
+    with pytest.raises(SystemExit) as stop:
+        train.run_main(script.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    train.save_checkpoint(path, {"format": 1, "step": 1})
+    train.save_checkpoint(path, {"format": 1, "step": 2})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(data.InputError, match="ckpt.prev.pt"):
+        train.load_checkpoint(path)
+    assert train.load_checkpoint(tmp_path / "ckpt.prev.pt")["step"] == 1
+    torch.save({"format": 99}, path)
+    with pytest.raises(data.InputError, match="format 99"):
+        train.load_checkpoint(path)
+    import pickle
+
+    path.write_bytes(pickle.dumps(Path("x")))
+    with pytest.raises(data.InputError, match="not a readable checkpoint"):
+        train.load_checkpoint(path)
+
+
+REAL = sorted(p for p in Path(os.environ.get("CLIMATE_FILES", "/nonexistent")).glob("*") if p.suffix in (".nc", ".zarr"))
+
+
+@pytest.mark.skipif(not REAL, reason="CLIMATE_FILES names no folder with .nc or .zarr files")
+@pytest.mark.parametrize("path", REAL, ids=lambda p: p.name)
+def test_real_fields_come_back_on_their_own_grid(path, tmp_path):
+    xr = pytest.importorskip("xarray")
+    train.main([f"--dataset={path}", f"--out_dir={tmp_path}", "--width=16", "--max_iters=2", "--batch_size=1", "--eval_iters=1", "--device=cpu"])
+    sample.main([f"--out_dir={tmp_path}", "--steps=2", "--num_samples=1", "--device=cpu", "--verify=false"])
+    got, given = xr.open_dataset(tmp_path / "samples/samples.nc", decode_timedelta=False), xr.open_dataset(path)
+    name = next(iter(got.data_vars))
+    assert got[name].attrs["units"] == given[name].attrs["units"] and got[name].dims[2:] == given[name].dims[1:]
+    for c in got[name].coords:
+        if set(got[c].dims) <= set(got[name].dims[2:]):
+            np.testing.assert_array_equal(got[c], given[c])
+    never = np.isnan(given[name].values).all(0)
+    assert (np.isnan(got[name].values[0]) == never).all()
+    assert np.nanmax(np.abs(got[name].values - np.nanmean(given[name]))) < 20 * np.nanstd(given[name])
