@@ -52,9 +52,9 @@ def renoise(z, logsnr_s, logsnr_t, eps):
 # ----------------------------------------------------------------------------------------------------------------------
 # schedules: t in [0, 1] (0 data, 1 noise) to log-SNR. Uniform t makes each the quantile function of a density
 
-SCHEDULES = ("cosine", "linear", "logsnr", "flow", "normal", "rho", "ddpm")
 BETA_MIN, BETA_MAX = 0.1, 20.0  # the VP-SDE's linear beta; DDPM's 1e-4 .. 0.02 times 1000 steps
 NORMAL_MEAN, NORMAL_STD = 1.0, 2.4  # EDM's training density for data of unit variance
+RHO = 7.0  # exponent of EDM's sampling grid
 
 
 def ddpm_logsnrs(num_steps=1000):
@@ -63,23 +63,22 @@ def ddpm_logsnrs(num_steps=1000):
     return log_abar - torch.log(-torch.expm1(log_abar))
 
 
-def schedule_cdf(logsnr, name, logsnr_min, logsnr_max):
-    """The untruncated time u in [0, 1] at which the process `name` has this log-SNR: the inverse of its schedule."""
-    if name == "cosine":
-        return 2 / math.pi * torch.atan((-0.5 * logsnr).exp())
-    if name == "linear":  # G = -log alpha^2 = bmin u + (bmax - bmin) u^2 / 2, solved without cancellation
-        G = softplus(-logsnr)
-        return (2 * G / (BETA_MIN + (BETA_MIN**2 + 2 * (BETA_MAX - BETA_MIN) * G).sqrt())).clamp(max=1)
-    if name == "flow":  # alpha' = 1 - u, sigma' = u
-        return torch.sigmoid(-0.5 * logsnr)
-    if name == "normal":
-        return torch.special.ndtr((NORMAL_MEAN - logsnr) / NORMAL_STD)
-    if name == "rho":  # EDM eq. 5 with rho = 7, on sigma / alpha = exp(-logsnr / 2)
-        low, high = math.exp(-logsnr_max / 14), math.exp(-logsnr_min / 14)
-        return ((-logsnr / 14).exp() - low) / (high - low)
-    if name == "logsnr":
-        return (logsnr_max - logsnr) / (logsnr_max - logsnr_min)
-    raise ValueError(f"schedule '{name}' is not one of {', '.join(SCHEDULES)}")
+def linear_time(logsnr):
+    """The VP-SDE's u at a log-SNR, from -log alpha^2 = bmin u + (bmax - bmin) u^2 / 2 without cancellation; at most 1."""
+    G = softplus(-logsnr)
+    return (2 * G / (BETA_MIN + (BETA_MIN**2 + 2 * (BETA_MAX - BETA_MIN) * G).sqrt())).clamp(max=1)
+
+
+root = lambda logsnr: (-0.5 * torch.as_tensor(logsnr, dtype=torch.float64) / RHO).exp()  # (sigma / alpha)^(1 / rho)
+TIMES = {  # u(logsnr) in [0, 1] of the untruncated process, and logsnr(u); lo and hi are the truncation
+    "cosine": (lambda l, lo, hi: 2 / math.pi * torch.atan((-0.5 * l).exp()), lambda u, lo, hi: -2 * torch.log(torch.tan(math.pi / 2 * u))),
+    "linear": (lambda l, lo, hi: linear_time(l), lambda u, lo, hi: -torch.log(torch.expm1(BETA_MIN * u + (BETA_MAX - BETA_MIN) / 2 * u**2))),
+    "logsnr": (lambda l, lo, hi: (hi - l) / (hi - lo), lambda u, lo, hi: hi + (lo - hi) * u),
+    "flow": (lambda l, lo, hi: torch.sigmoid(-0.5 * l), lambda u, lo, hi: 2 * (torch.log1p(-u) - torch.log(u))),
+    "normal": (lambda l, lo, hi: torch.special.ndtr((NORMAL_MEAN - l) / NORMAL_STD), lambda u, lo, hi: NORMAL_MEAN - NORMAL_STD * torch.special.ndtri(u)),
+    "rho": (lambda l, lo, hi: (root(l) - root(hi)) / (root(lo) - root(hi)), lambda u, lo, hi: -2 * RHO * torch.log(root(hi) + (root(lo) - root(hi)) * u)),
+}  # fmt: skip
+SCHEDULES = (*TIMES, "ddpm")
 
 
 def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0):
@@ -98,40 +97,24 @@ def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1
     """
     t = torch.as_tensor(t).to("cpu", torch.float64)
     offset = 2 * math.log(shift)
-    lo, hi = logsnr_min - offset, logsnr_max - offset
     if name == "ddpm":
         table = ddpm_logsnrs()
         l = table[(torch.ceil(t * len(table)).long() - 1).clamp(0, len(table) - 1)]
     else:
-        ends = torch.tensor([hi, lo], dtype=torch.float64)
-        u0, u1 = schedule_cdf(ends, name, lo, hi).unbind()
-        u = u0 + (u1 - u0) * t
-        if name == "cosine":
-            l = -2 * torch.log(torch.tan(math.pi / 2 * u))
-        elif name == "linear":
-            l = -torch.log(torch.expm1(BETA_MIN * u + (BETA_MAX - BETA_MIN) / 2 * u**2))
-        elif name == "flow":
-            l = 2 * (torch.log1p(-u) - torch.log(u))
-        elif name == "normal":
-            l = NORMAL_MEAN - NORMAL_STD * torch.special.ndtri(u)
-        elif name == "rho":
-            low, high = math.exp(-hi / 14), math.exp(-lo / 14)
-            l = -14 * torch.log(low + (high - low) * u)
-        else:
-            l = hi + (lo - hi) * u
+        (time_at, logsnr_at), lo, hi = TIMES[name], logsnr_min - offset, logsnr_max - offset
+        u0, u1 = time_at(t.new_tensor([hi, lo]), lo, hi)
+        l = logsnr_at(u0 + (u1 - u0) * t, lo, hi)
     return (l + offset).clamp(logsnr_min, logsnr_max)
 
 
 def log_density(logsnr, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0):
-    """log p(logsnr) of the log-SNRs that uniform t gives, = -log |dlogsnr/dt|, float64, any shape."""
-    if name == "ddpm":
-        raise ValueError("schedule 'ddpm' is a discrete chain and has no density of log-SNR: use 'linear'")
+    """log p(logsnr) of the log-SNRs that uniform t gives, = -log |dlogsnr/dt|, float64, any shape; not for 'ddpm'."""
     offset = 2 * math.log(shift)
-    lo, hi = logsnr_min - offset, logsnr_max - offset
+    (time_at, _), lo, hi = TIMES[name], logsnr_min - offset, logsnr_max - offset
     with torch.enable_grad():
         l = (torch.as_tensor(logsnr).to("cpu", torch.float64) - offset).detach().requires_grad_()
-        slope = torch.autograd.grad(schedule_cdf(l, name, lo, hi).sum(), l)[0]
-    u0, u1 = schedule_cdf(torch.tensor([hi, lo], dtype=torch.float64), name, lo, hi).unbind()
+        slope = torch.autograd.grad(time_at(l, lo, hi).sum(), l)[0]
+    u0, u1 = time_at(slope.new_tensor([hi, lo]), lo, hi)
     return torch.log(-slope / (u1 - u0))
 
 
@@ -152,37 +135,38 @@ def sampling_grid(num_steps, spacing="time", logsnr_min=-30.0, logsnr_max=30.0, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# parameterisations: what the network's output F means
+# parameterisations: the network's output F estimates a x + b eps
 
-PARAMS = ("v", "eps", "x", "score")
+PARAMS = {  # (a, b) from (alpha, sigma)
+    "v": lambda alpha, sigma: (-sigma, alpha),  # dz / d angle (distillation eq. 9): the only one fit for both ends
+    "eps": lambda alpha, sigma: (0 * alpha, 1 + 0 * alpha),  # DDPM
+    "x": lambda alpha, sigma: (1 + 0 * alpha, 0 * alpha),
+    "score": lambda alpha, sigma: (0 * alpha, -1 / sigma),  # grad log q(z | x), denoising score matching
+}
+
+
+def scales(logsnr, z, param="v"):
+    """alpha, sigma, a, b of each sample, shaped to multiply z."""
+    alpha, sigma = (expand(c, z).to(z) for c in alpha_sigma(logsnr))
+    return alpha, sigma, *PARAMS[param](alpha, sigma)
 
 
 def target(x, eps, logsnr, param):
-    """What F should be: v = alpha eps - sigma x (distillation eq. 9), eps (DDPM), x, or score = -eps / sigma (DSM)."""
-    alpha, sigma = (expand(a, x).to(x) for a in alpha_sigma(logsnr))
-    return {"v": lambda: alpha * eps - sigma * x, "eps": lambda: eps, "x": lambda: x, "score": lambda: -eps / sigma}[param]()
+    """What F should be, a x + b eps: alpha eps - sigma x for v."""
+    _, _, a, b = scales(logsnr, x, param)
+    return a * x + b * eps
 
 
 def to_x(F, z, logsnr, param):
-    """x_hat from the network's output. Only 'v' and 'x' need no division by alpha."""
-    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
-    if param == "v":
-        return alpha * z - sigma * F
-    if param == "x":
-        return F
-    return (z - sigma * F) / alpha if param == "eps" else (z + sigma**2 * F) / alpha
+    """x_hat from F and z = alpha x + sigma eps. 'eps' and 'score' divide by alpha."""
+    alpha, sigma, a, b = scales(logsnr, z, param)
+    return (b * z - sigma * F) / (alpha * b - sigma * a)
 
 
 def to_eps(x_hat, z, logsnr):
-    """eps_hat = (z - alpha x_hat) / sigma; the score is -eps_hat / sigma and v_hat = (alpha z - x_hat) / sigma."""
-    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
+    """eps_hat = (z - alpha x_hat) / sigma; the score is -eps_hat / sigma and v_hat = alpha eps_hat - sigma x_hat."""
+    alpha, sigma, _, _ = scales(logsnr, z)
     return (z - alpha * x_hat) / sigma
-
-
-def to_v(x_hat, z, logsnr):
-    """v_hat = (alpha z - x_hat) / sigma."""
-    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
-    return (alpha * z - x_hat) / sigma
 
 
 def make_denoiser(network, param, cond=None):
@@ -227,14 +211,13 @@ def resize_modes(w, shape):
 def linear_part(z, logsnr, w, param):
     """What a network of this parameterisation should say if the data were Gaussian with mode variances w (C, T, H, W).
 
-    Per mode E[x | z] = alpha w z / (alpha^2 w + sigma^2) (Wiener's filter), and E[v | z], E[eps | z] likewise.
+    Per mode E[x | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and E[eps | z] = sigma z / (alpha^2 w + sigma^2).
     z (B, C, T, H, W), logsnr (B,) -> F like z
     """
     if w.shape[-3:] != z.shape[-3:]:
         w = resize_modes(w, z.shape[-3:])
-    alpha, sigma = (expand(a, z).to(z) for a in alpha_sigma(logsnr))
-    gain = {"v": lambda: alpha * sigma * (1 - w), "x": lambda: alpha * w, "eps": lambda: sigma, "score": lambda: -1.0}[param]()
-    return to_modes(gain / (alpha**2 * w + sigma**2) * to_modes(z), inverse=True)
+    alpha, sigma, a, b = scales(logsnr, z, param)
+    return to_modes((a * alpha * w + b * sigma) / (alpha**2 * w + sigma**2) * to_modes(z), inverse=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,9 +329,8 @@ def discrete_nll(denoise, x, t, eps, logsnrs, mask=None):
 
 def ode_velocity(denoise, z, logsnr):
     """dz/dlogsnr of the probability-flow ODE = -1/2 alpha sigma v_hat = (alpha x_hat - alpha^2 z) / 2. SDE eq. 13."""
-    l = logsnr.expand(len(z))
-    alpha = expand(alpha_sigma(l)[0], z).to(z)
-    return 0.5 * alpha * (denoise(z, l.to(z.device)) - alpha * z)
+    alpha = alpha_sigma(logsnr)[0]
+    return 0.5 * alpha * (denoise(z, logsnr) - alpha * z)
 
 
 def rk4(f, y, logsnrs):
@@ -370,13 +352,13 @@ def ode_log_likelihood(denoise, x, logsnrs, probes=None):
     divergence, averaged over K; None is the exact trace, one backward pass per entry (small x only).
     The field starts as z = alpha x, so log p(x) = log p(z) + dim log alpha.
     """
-    dim = x[0].numel()
-    shape = x.shape
+    dim, shape = x[0].numel(), x.shape
+    at = lambda z, logsnr: denoise(z, logsnr.expand(len(z)).to(z.device))
 
     def augmented(state, logsnr):  # state (B, dim + 1): z and the accumulated divergence
         with torch.enable_grad():
             z = state[:, :-1].reshape(shape).detach().requires_grad_()
-            dz = ode_velocity(denoise, z, logsnr)
+            dz = ode_velocity(at, z, logsnr)
             if probes is None:
                 rows = [torch.autograd.grad(dz.flatten(1)[:, i].sum(), z, retain_graph=True)[0].flatten(1)[:, i] for i in range(dim)]
                 div = torch.stack(rows).sum(0)
@@ -421,13 +403,13 @@ def update(z, x_hat, t, s, eta=1.0, variance=0.0, noise=torch.randn_like):
 
 def single_step(denoise, z, t, s, noise, memory, eta=1.0, variance=0.0):
     """Ancestral sampling (eta 1) and DDIM (eta 0 deterministic): first order, one evaluation."""
-    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    x_hat = denoise(z, t)
     return update(z, x_hat, t, s, eta, variance, noise), x_hat, None
 
 
 def multistep(denoise, z, t, s, noise, memory, eta=0.0):
     """DPM-Solver++(2M) (eta 0) and its SDE form (eta 1): second order, one evaluation; D from the last two x_hat."""
-    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    x_hat = denoise(z, t)
     D = x_hat
     if memory is not None and not math.isinf(s):
         x_before, t_before = memory
@@ -440,17 +422,17 @@ def heun(denoise, z, t, s, noise, memory, churn=0.0):
     if churn > 0:
         t, t_data = t - 2 * math.log1p(churn), t
         z = renoise(z, t_data, t, noise(z))
-    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    x_hat = denoise(z, t)
     z_s = update(z, x_hat, t, s, eta=0.0)
     if not math.isinf(s):  # averaging d = eps_hat at both ends is D = x_hat + e^h / 2 (x_hat_s - x_hat)
-        x_hat_s = denoise(z_s, s.expand(len(z)).to(z.device))
+        x_hat_s = denoise(z_s, s)
         z_s = update(z, x_hat + 0.5 * ((s - t) / 2).exp() * (x_hat_s - x_hat), t, s, eta=0.0)
     return z_s, x_hat, None
 
 
 def euler_maruyama(denoise, z, t, s, noise, memory):
     """The reverse SDE dz = [f - g^2 score] dt + g dB (SDE eq. 6) in log-SNR, where g^2 dt = sigma^2 dlogsnr. Steps below 2."""
-    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    x_hat = denoise(z, t)
     if math.isinf(s):
         return x_hat, x_hat, None
     alpha, sigma = alpha_sigma(t)
@@ -460,7 +442,7 @@ def euler_maruyama(denoise, z, t, s, noise, memory):
 
 def ode(denoise, z, t, s, noise, memory):
     """The probability-flow ODE by Runge-Kutta 4: four evaluations a step; small enough steps encode and decode exactly."""
-    x_hat = denoise(z, t.expand(len(z)).to(z.device))
+    x_hat = denoise(z, t)
     if math.isinf(s):
         return x_hat, x_hat, None
     return next(rk4(partial(ode_velocity, denoise), z, torch.stack([t, s]))), x_hat, None
@@ -473,17 +455,18 @@ def langevin(denoise, z, t, s, noise, memory, num_corrections=1, snr=0.16, predi
     z + d score + sqrt(2 d) n with d = 2 (snr sigma)^2, NCSN's step. The SDE paper's 2 (snr |n| / |score|)^2 is the same
     on average, but a step that depends on the state shifts the law it samples: badly so in few dimensions.
     """
-    if predictor is None:
-        x_hat = denoise(z, t.expand(len(z)).to(z.device)) if math.isinf(s) else None
-        z = x_hat if math.isinf(s) else alpha_sigma(s)[0] / alpha_sigma(t)[0] * z
-    else:
+    if predictor is not None:
         z, x_hat, memory = predictor(denoise, z, t, s, noise, memory)
+    elif math.isinf(s):
+        z = x_hat = denoise(z, t)
+    else:
+        z = alpha_sigma(s)[0] / alpha_sigma(t)[0] * z
     if math.isinf(s):
         return z, x_hat, memory
-    l, sigma = s.expand(len(z)).to(z.device), alpha_sigma(s)[1]
+    sigma = alpha_sigma(s)[1]
     for _ in range(num_corrections):  # d score = -2 snr^2 sigma eps_hat
-        x_hat = denoise(z, l)
-        z = z + 2 * snr * sigma * (noise(z) - snr * to_eps(x_hat, z, l))
+        x_hat = denoise(z, s)
+        z = z + 2 * snr * sigma * (noise(z) - snr * to_eps(x_hat, z, s))
     return z, x_hat, memory
 
 
@@ -506,9 +489,10 @@ def sample(denoise, z, logsnrs, step=single_step, noise=torch.randn_like):
     noise(z) draws standard normals shaped like z. A grid ending in +inf ends in a denoised field; a finite grid that
     runs towards noise with a deterministic step encodes; one that starts inside the range edits (SDEdit).
     """
+    at = lambda z, logsnr: denoise(z, logsnr.expand(len(z)).to(z.device))  # steps name one log-SNR for the batch
     memory = None
     for t, s in zip(logsnrs[:-1], logsnrs[1:]):
-        z, x_hat, memory = step(denoise, z, t, s, noise, memory)
+        z, x_hat, memory = step(at, z, t, s, noise, memory)
         yield z, x_hat
 
 

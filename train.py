@@ -81,7 +81,7 @@ compile = "auto"  # torch.compile: auto (on CUDA), true, false
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOICES = {
-    "init_from": ("scratch", "resume"), "param": diffusion.PARAMS, "schedule": diffusion.SCHEDULES, "weighting": ("auto", *diffusion.WEIGHTINGS),
+    "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": diffusion.SCHEDULES, "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
 FORMAT = 1  # of checkpoints
@@ -325,17 +325,35 @@ def learning_rate_at(step, c):
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-KEPT = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
+FIXED = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
+
+
+def logged_until(line, step):
+    """Is this a whole line of log.jsonl from no later than step? What a lost future wrote is written again."""
+    try:
+        return json.loads(line)["iter"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # torn by a crash
+
+
+def inherit(c, settings, argv):
+    """A resumed run has the settings it was started with, but for those given now; those in FIXED cannot change."""
+    given = {a.split("=")[0].lstrip("-") for a in argv if a.startswith("--")}
+    for key, value in settings.items():
+        if key in FIXED:
+            require(key not in given or getattr(c, key) == value, f"--{key} is {value} in the checkpoint and cannot change; start a new run in another --out_dir")
+        if key not in given and key not in ("out_dir", "init_from", "eval_only"):
+            setattr(c, key, value)
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     c = configure(__file__, argv, CHOICES)
-    check(c)
     out, resume = Path(c.out_dir), c.init_from == "resume"
     checkpoint = load_checkpoint(out / "ckpt.pt") if resume or c.eval_only else None
-    if checkpoint:  # what the weights and the sample sequence depend on comes from the checkpoint
-        for key in KEPT:
-            setattr(c, key, checkpoint["settings"][key])
+    if checkpoint:
+        inherit(c, checkpoint["settings"], argv)
+    check(c)
     device, amp, compiled = pick_device(c)
     torch.manual_seed(c.seed)
 
@@ -385,25 +403,30 @@ def main(argv=None):
     try:
         out.mkdir(parents=True, exist_ok=True)
         log_path = out / "log.jsonl"
+        for leftover in out.glob(".*.ckpt.pt"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         lines = log_path.read_text().splitlines() if resume and log_path.exists() else []
-        kept = [l for l in lines if l.endswith("}") and json.loads(l)["iter"] <= step]  # nothing from a future that was lost
-        data.replace(log_path, lambda f: f.write_text("".join(l + "\n" for l in kept)))
+        data.replace(log_path, lambda f: f.write_text("".join(l + "\n" for l in lines if logged_until(l, step))))
     except OSError as e:
         raise InputError(f"--out_dir={c.out_dir} cannot be written: {e.strerror}")
+    if step >= c.max_iters:
+        print(f"{out}/ckpt.pt is at step {step} already: give a larger --max_iters to train on")
     parameters = sum(p.numel() for p in network.parameters())
     print(f"{climate.names} {climate.size[0]}x{climate.size[1]}, {c.frames} frames, {len(train_starts)} training and {len(test_starts)} test clips; "
           f"{parameters / 1e6:.1f} M parameters on {device} in {str(amp)[6:]}; out in {out}/")  # fmt: skip
 
     def save():
-        settings = {k: v for k, v in vars(c).items()}
-        save_checkpoint(out / "ckpt.pt", {"format": FORMAT, "settings": settings, "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step,
+        pending = [[t.cpu() for t in entry] for entry in seen]  # losses not yet in the log
+        save_checkpoint(out / "ckpt.pt", {"format": FORMAT, "settings": vars(c), "pending": pending, "skipped": [int(skipped), int(in_a_row)], "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step,
                                           "model": network.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})  # fmt: skip
 
     stop = []
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda number, frame: stop.append(number))
-    skipped, in_a_row = (torch.zeros((), device=device) for _ in range(2))  # on the device: no synchronisation per step
-    seen, clock, clips_done = [], time.perf_counter(), 0
+    counts = checkpoint["skipped"] if checkpoint else (0, 0)
+    skipped, in_a_row = (torch.tensor(float(n), device=device) for n in counts)  # on the device: no synchronisation per step
+    seen = [[t.to(device) for t in entry[:2]] + [entry[2]] for entry in checkpoint["pending"]] if checkpoint else []
+    clock, clips_done = time.perf_counter(), 0
     bar = tqdm(total=c.max_iters, initial=step, desc="training", unit="it", smoothing=0.05)
     network.train()
     while step < c.max_iters and not stop:
@@ -439,11 +462,13 @@ def main(argv=None):
             if evaluating:
                 val_loss, line["val_bins"] = evaluate(ema.module, *args)
                 line["val_loss"] = round(val_loss, 6)
-                save()
                 bar.write(f"step {step}: loss {mean:.4f}, held-out {val_loss:.4f}, {speed:.1f} clips/s")
             with open(log_path, "a") as f:
                 f.write(json.dumps(line) + "\n")
-            seen, clock, clips_done = [], time.perf_counter(), 0
+            seen = []
+            if evaluating:
+                save()
+            clock, clips_done = time.perf_counter(), 0
     bar.close()
     if stop:
         save()
