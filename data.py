@@ -6,6 +6,7 @@ A field is stored as frames (time, y, x) per variable, in physical units; a clip
 import math
 import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -498,7 +499,8 @@ def write_samples(folder, x, meta, history):
     hours = np.arange(x.shape[2]) * meta["step_hours"]
     dims = ("realization", "time", *meta["dims"])
     arrays = {"samples": x, "channel": np.array(meta["names"]), "units": np.array([str(a.get("units", "1")) for a in meta["attrs"]]), "time": hours, **coords}
-    replace(folder / "samples.npz", lambda f: np.savez(f, dims=np.array(["sample", "channel", "time", *meta["dims"]]), **arrays))
+    with replacing(folder / "samples.npz") as f:
+        np.savez(f, dims=np.array(["sample", "channel", "time", *meta["dims"]]), **arrays)
     try:
         import xarray as xr
     except ImportError:
@@ -510,15 +512,20 @@ def write_samples(folder, x, meta, history):
     )
     ds["realization"] = ("realization", np.arange(len(x)), {"standard_name": "realization"})
     ds["time"] = ("time", hours, {"standard_name": "forecast_period", "long_name": "time since the first frame", "units": "hours"})
-    replace(folder / "samples.nc", lambda f: ds.to_netcdf(f, engine="netcdf4", encoding={n: {"_FillValue": np.float32(np.nan), "zlib": True} for n in meta["names"]}))
+    with replacing(folder / "samples.nc") as f:
+        ds.to_netcdf(f.name, engine="netcdf4", encoding={n: {"_FillValue": np.float32(np.nan), "zlib": True} for n in meta["names"]})
     return ["samples.npz", "samples.nc"]
 
 
-def replace(path, write):
-    """Write to a temporary file beside `path` and move it there, so that a reader never sees half a file."""
+@contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` once it is whole, flushed and closed; a reader never sees half of it."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        write(temporary)
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,8 +5,10 @@
 
 Edit the settings below or override any of them as --key=value; --help lists them.
 """
+import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from functools import partial
@@ -107,6 +109,13 @@ def generators(seed, indices):
     return lambda z: torch.stack([torch.randn(z.shape[1:], generator=g) for g in gens]).to(z)
 
 
+def fingerprint(c, path):
+    """Names a set of samples by what they depend on: the checkpoint and the settings, not the batch size or the machine."""
+    free = ("batch_size", "device", "dtype", "compile", "verify", "theory", "dry", *(["num_samples"] if c.task == "generate" else []))
+    text = json.dumps({k: v for k, v in vars(c).items() if k not in free}, sort_keys=True)
+    return hashlib.sha256(path.read_bytes() + text.encode()).hexdigest()[:12]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # pictures
 
@@ -173,7 +182,8 @@ def contact_sheet(path, x, meta, channel, rows=6):
             image.paste(tile(x[i, t], scale, factor), at)
             draw.rectangle((at[0] - 1, at[1] - 1, at[0] + w, at[1] + h), outline=GREY)
     colour_bar(draw, image, left + T * (w + gap) + 12, top + 6, min(N * (h + gap), 260) - 10, scale, attrs.get("units", ""))
-    data.replace(path, lambda p: image.save(p, "PNG"))
+    with data.replacing(path) as f:
+        image.save(f, "PNG")
 
 
 def animation(path, x, meta, channel, count=9):
@@ -188,7 +198,8 @@ def animation(path, x, meta, channel, count=9):
         for i in range(len(x)):
             frame.paste(tile(x[i, t], scale, factor), (i % side * w + 2, i // side * h + 2))
         frames.append(frame.quantize(96))
-    data.replace(path, lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=250, loop=0))
+    with data.replacing(path) as f:
+        frames[0].save(f, "GIF", save_all=True, append_images=frames[1:], duration=250, loop=0)
 
 
 def oriented(x, meta):
@@ -291,7 +302,8 @@ def verification_picture(path, result, samples, truth, meta, channel):
     bias = oriented(np.array(result["bias_map"], dtype=float), meta)
     reach = float(np.nanquantile(np.abs(bias), 0.99)) or 1.0
     panel_map(image, box(5), "relative bias of the mean" if floor == 0 else "bias of the mean / std", bias, (-reach, reach, DIVERGING, 1.0), "")
-    data.replace(path, lambda f: image.save(f, "PNG"))
+    with data.replacing(path) as f:
+        image.save(f, "PNG")
 
 
 def theory_picture(path, denoise, x, grid, step, noise, meta):
@@ -321,7 +333,8 @@ def theory_picture(path, denoise, x, grid, step, noise, meta):
             picture.thumbnail((130, 120))
             image.paste(picture, (12 + k * 138, top + 12))
             draw.text((12 + k * 138, top + 10), label, INK, font(11), anchor="ls")
-    data.replace(path, lambda f: image.save(f, "PNG"))
+    with data.replacing(path) as f:
+        image.save(f, "PNG")
 
 
 def print_table(name, units, r):
@@ -354,6 +367,7 @@ def main(argv=None):
     c = train.configure(__file__, argv, CHOICES)
     check(c)
     out = Path(c.out_dir)
+    rank, world = train.start_ranks()
     device, amp, compiled = train.pick_device(c)
     checkpoint = train.load_checkpoint(out / "ckpt.pt")
     settings, meta = checkpoint["settings"], checkpoint["data"]
@@ -376,31 +390,46 @@ def main(argv=None):
     except OSError as e:
         raise data.InputError(f"--out_dir={c.out_dir} cannot be written: {e.strerror}")
 
-    start, results = time.perf_counter(), []
+    # every finished sample is a part on disk: an interrupted run goes on where it stopped, ranks of torchrun share the rest
+    parts = folder / f"parts-{fingerprint(c, out / 'ckpt.pt')}"
+    parts.mkdir(exist_ok=True)
+    missing = [i for i in range(c.num_samples) if not (parts / f"{i:06d}.npy").exists()]
+    if world > 1:
+        torch.distributed.barrier()
+    if len(missing) < c.num_samples and rank == 0:
+        print(f"{c.num_samples - len(missing)} of {c.num_samples} samples are done already")
+    mine = missing[rank::world]
+    start = time.perf_counter()
     ends = encode(denoise, given, grid) if c.task == "morph" else None
-    with tqdm(total=c.num_samples * (len(grid) - 1), desc="sampling", unit="step") as bar:
-        for first in range(0, c.num_samples, c.batch_size):
-            indices = range(first, min(first + c.batch_size, c.num_samples))
+    with tqdm(total=len(mine) * (len(grid) - 1), desc="sampling", unit="step", disable=rank > 0) as bar:
+        for first in range(0, len(mine), c.batch_size):
+            indices = mine[first : first + c.batch_size]
             noise = generators(c.seed, indices)
             z = torch.empty(len(indices), *shape, device=device)
             if c.task == "generate":
                 z = noise(z)
             elif c.task == "edit":
-                z = diffusion.diffuse(given[first : first + len(z)], grid[:1], noise(z))
+                z = diffusion.diffuse(given[indices], grid[:1], noise(z))
             elif c.task == "encode":
-                z = encode(denoise, given[first : first + len(z)], grid)
+                z = encode(denoise, given[indices], grid)
             else:
                 z = torch.stack([diffusion.interpolate(*ends, i / (c.num_samples - 1)) for i in indices])
             for z, x_hat in diffusion.sample(denoise, z, grid, step, noise):
                 bar.update(len(indices))
-            results.append(z.cpu())
-    y = torch.cat(results)
+            if not z.isfinite().all():
+                raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
+            for i, y in zip(indices, z.cpu().numpy()):
+                with data.replacing(parts / f"{i:06d}.npy") as f:
+                    np.save(f, y)
+    seconds = time.perf_counter() - start
+    if world > 1:
+        torch.distributed.barrier()
+        if rank > 0:
+            return
+    y = torch.from_numpy(np.stack([np.load(parts / f"{i:06d}.npy") for i in range(c.num_samples)]))
     if c.task == "encode":
         print(f"round trip: RMS difference {(y - given.cpu()).pow(2).mean().sqrt():.2e} standard deviations")
     x = data.denormalise(y, meta["transform"], meta["valid"])  # (N, C, T, H, W)
-    seconds = time.perf_counter() - start
-    if not y.isfinite().all():
-        raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
 
     command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
     written = data.write_samples(folder, x, meta, f"{command}: {c.sampler}, {c.steps} steps, {out}/ckpt.pt at step {checkpoint['step']}")
@@ -409,7 +438,10 @@ def main(argv=None):
         contact_sheet(folder / f"samples{suffix}.png", x, meta, i)
         animation(folder / f"samples{suffix}.gif", x, meta, i)
         written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
-    print(f"{c.num_samples} clips in {seconds:.0f} s ({c.num_samples / seconds:.2f} clips/s)")
+    for old in folder.glob("parts-*"):
+        shutil.rmtree(old)
+    if missing:
+        print(f"{len(missing)} clips in {seconds:.0f} s ({len(missing) / seconds:.2f} clips/s)")
     if c.theory:
         clip = data.normalise(given_clips(c, settings, meta, 1), meta["transform"])[0].to(device)
         theory_picture(folder / "theory.png", denoise, clip, grid if c.task == "generate" else make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings), step, generators(c.seed, [0]), meta)
@@ -425,7 +457,8 @@ def main(argv=None):
             report[name] = data.compare(x[:, i], truth[:, i], floor, c.dry)
             verification_picture(folder / f"verify{f'_{name}' if i else ''}.png", report[name], x[:, i], truth[:, i], meta, i)
             print_table(name, meta["attrs"][i].get("units", "1"), report[name])
-        data.replace(folder / "verify.json", lambda f: f.write_text(json.dumps(report, indent=1)))
+        with data.replacing(folder / "verify.json") as f:
+            f.write(json.dumps(report, indent=1).encode())
         written += ["verify.json", "verify.png"]
     print(f"\n{folder}/: {', '.join(written)}")
 

@@ -15,12 +15,16 @@ import re
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -56,7 +60,7 @@ weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, s
 loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
 batch_size = 16  # clips per micro-batch
-gradient_accumulation_steps = 1  # micro-batches per step
+gradient_accumulation_steps = 1  # micro-batches per step, shared by the ranks of torchrun
 max_iters = 1200  # optimiser steps
 learning_rate = 1e-3  # peak of AdamW's learning rate
 warmup_iters = 100  # linear warm-up, then cosine decay to min_lr at max_iters
@@ -192,19 +196,13 @@ def describe(climate, c, transform, valid):
 
 def save_checkpoint(path, checkpoint):
     """Write, flush to disk, then rename; the previous checkpoint stays beside it as *.prev.pt."""
-
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with data.replacing(path) as f:
+        torch.save(checkpoint, f)
         if path.exists():
             previous = path.with_suffix(".prev.pt")
             previous.unlink(missing_ok=True)
             os.link(path, previous)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.replace(path, write)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -346,6 +344,69 @@ def inherit(c, settings, argv):
             setattr(c, key, value)
 
 
+def open_log(out, step):
+    """Make out_dir, clear what a killed run left half-written, and keep the log up to step (-1: none of it)."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob(".*.ckpt.pt"):
+            leftover.unlink(missing_ok=True)
+        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        with data.replacing(out / "log.jsonl") as f:
+            f.write("".join(l + "\n" for l in lines if logged_until(l, step)).encode())
+    except OSError as e:
+        raise InputError(f"--out_dir={out} cannot be written: {e.strerror}")
+
+
+def print_likelihood(step, val_loss, bins, rows, C, meta):
+    """What eval_only prints."""
+    print(f"step {step}: held-out loss {val_loss:.5f}; squared v-error per bin of log-SNR: " + ", ".join(f"{k} {v:.4f}" for k, v in bins.items()))
+    print(f"{'negative log-likelihood per entry':<36}{'nats':>12}{'+-':>10}{'bits':>12}")
+    for name, (nats, error) in rows.items():
+        print(f"  {name:<34}{nats:>12.4f}{error:>10.4f}{nats / math.log(2):>12.4f}")
+    if data.log_slope(np.zeros((1, C, 1, 1, 1)), meta["transform"]) is None:
+        print("  (of the transformed field: a variable with an atom at its floor has no density in its own units)")
+
+
+def start_ranks():
+    """(rank, world size) as torchrun set them, (0, 1) without it; joins the process group (nccl on CUDA, else gloo)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=10))
+    return int(os.environ.get("RANK", 0)), world
+
+
+def gather(entries, world):
+    """Per-micro-batch tuples of tensors from all ranks, on the CPU, in the order one rank alone would have made them."""
+    mine = [[t.detach().cpu() for t in entry] for entry in entries]
+    if world == 1:
+        return mine
+    everyone = [None] * world
+    dist.all_gather_object(everyone, mine)
+    return [entry for group in zip(*everyone) for entry in group]
+
+
+def prepare(c, checkpoint, rank):
+    """The data set and what is fitted on it: (climate, training starts, test starts, meta)."""
+    if rank > 0:
+        dist.barrier()  # rank 0 makes the built-in data first
+    climate = data.open_climate(c.dataset, c.variables, c.size, c.seed)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    train_starts, test_starts = data.split_windows(climate, c.frames)
+    if checkpoint:
+        meta = checkpoint["data"]
+        require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{c.dataset} no longer has the variables and grid that the checkpoint was trained on")
+        return climate, train_starts, test_starts, meta
+    fitted = data.fit_transform(climate, train_starts, c.frames, c.transform)
+    meta = describe(climate, c, fitted, data.valid_cells(climate, data.covered_frames(train_starts, c.frames)))
+    look = data.clips(climate, train_starts[:: max(1, len(train_starts) // 50)], c.frames)
+    meta["masked"] = meta["masked"] or bool(np.isnan(look).any())
+    meta["modes"] = mode_variances(climate, train_starts, c, fitted) if c.linear_skip else None
+    return climate, train_starts, test_starts, meta
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     c = configure(__file__, argv, CHOICES)
@@ -354,93 +415,74 @@ def main(argv=None):
     if checkpoint:
         inherit(c, checkpoint["settings"], argv)
     check(c)
+    rank, world = start_ranks()
+    require(c.gradient_accumulation_steps % world == 0, f"--gradient_accumulation_steps={c.gradient_accumulation_steps} is shared by the {world} ranks and must be a multiple of {world}")
     device, amp, compiled = pick_device(c)
     torch.manual_seed(c.seed)
+    climate, train_starts, test_starts, meta = prepare(c, checkpoint, rank)
 
-    climate = data.open_climate(c.dataset, c.variables, c.size, c.seed)
-    train_starts, test_starts = data.split_windows(climate, c.frames)
-    if checkpoint:
-        meta, step = checkpoint["data"], checkpoint["step"]
-        require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{c.dataset} no longer has the variables and grid that {out}/ckpt.pt was trained on")
-    else:
-        fitted = data.fit_transform(climate, train_starts, c.frames, c.transform)
-        valid = data.valid_cells(climate, data.covered_frames(train_starts, c.frames))
-        meta, step = describe(climate, c, fitted, valid), 0
-        look = data.clips(climate, train_starts[:: max(1, len(train_starts) // 50)], c.frames)
-        meta["masked"] = meta["masked"] or bool(np.isnan(look).any())
-        meta["modes"] = mode_variances(climate, train_starts, c, fitted) if c.linear_skip else None
     wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
-    C = len(climate.names)
+    C, step = len(climate.names), checkpoint["step"] if checkpoint else 0
     config = Config(C, C if meta["masked"] else 0, c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap)
     network = UNet(config).to(device)
-    decay = lambda n: min(c.ema_decay, (1 + n) / (10 + n))  # a short memory at first
 
-    def lerp(averaged, current, num_averaged):
-        torch._foreach_lerp_(averaged, current, 1 - decay(int(num_averaged)))
+    def lerp(averaged, current, n):  # a short memory at first
+        torch._foreach_lerp_(averaged, current, 1 - min(c.ema_decay, (1 + int(n)) / (10 + int(n))))
 
     ema = AveragedModel(network, multi_avg_fn=lerp)
-    matrices = [p for p in network.parameters() if p.ndim >= 2]
-    vectors = [p for p in network.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
+    groups = [{"params": [p for p in network.parameters() if p.ndim >= 2]}, {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
+    skipped, in_a_row = torch.zeros(2, device=device)  # steps without a finite gradient; on the device: no synchronisation
+    earlier = []  # losses of the last run that are not yet in the log
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
         ema.module.load_state_dict(checkpoint["ema"])
         ema.n_averaged.fill_(step)
         optimizer.load_state_dict(checkpoint["optimizer"])
-    inner = torch.compile(network) if compiled else network
-    run = run_network(inner, device, amp, c.param, meta["modes"])
-    args = (climate, test_starts, c, meta, device, amp)
+        earlier, (skipped, in_a_row) = checkpoint["pending"], torch.tensor(checkpoint["skipped"], device=device)
+    evaluate_now = lambda: evaluate(ema.module, climate, test_starts, c, meta, device, amp)
     if c.eval_only:
-        val_loss, bins = evaluate(ema.module, *args)
-        print(f"step {step}: held-out loss {val_loss:.5f}; squared v-error per bin of log-SNR: " + ", ".join(f"{k} {v:.4f}" for k, v in bins.items()))
-        print(f"{'negative log-likelihood per entry':<36}{'nats':>12}{'+-':>10}{'bits':>12}")
-        for name, (nats, error) in likelihood(ema.module, climate, test_starts, c, meta, device).items():
-            print(f"  {name:<34}{nats:>12.4f}{error:>10.4f}{nats / math.log(2):>12.4f}")
-        if data.log_slope(np.zeros((1, C, 1, 1, 1)), meta["transform"]) is None:
-            print("  (of the transformed field: a variable with an atom at its floor has no density in its own units)")
+        if rank == 0:
+            print_likelihood(step, *evaluate_now(), likelihood(ema.module, climate, test_starts, c, meta, device), C, meta)
         return
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log_path = out / "log.jsonl"
-        for leftover in out.glob(".*.ckpt.pt"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
-        lines = log_path.read_text().splitlines() if resume and log_path.exists() else []
-        data.replace(log_path, lambda f: f.write_text("".join(l + "\n" for l in lines if logged_until(l, step))))
-    except OSError as e:
-        raise InputError(f"--out_dir={c.out_dir} cannot be written: {e.strerror}")
-    if step >= c.max_iters:
-        print(f"{out}/ckpt.pt is at step {step} already: give a larger --max_iters to train on")
-    parameters = sum(p.numel() for p in network.parameters())
-    print(f"{climate.names} {climate.size[0]}x{climate.size[1]}, {c.frames} frames, {len(train_starts)} training and {len(test_starts)} test clips; "
-          f"{parameters / 1e6:.1f} M parameters on {device} in {str(amp)[6:]}; out in {out}/")  # fmt: skip
+    model = torch.compile(network) if compiled else network
+    if world > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    run = run_network(model, device, amp, c.param, meta["modes"])
+    if rank == 0:
+        open_log(out, step if resume else -1)
+        print(f"{climate.names} {climate.size[0]}x{climate.size[1]}, {c.frames} frames, {len(train_starts)} training and {len(test_starts)} test clips; "
+              f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters on {world if world > 1 else ''} {device} in {str(amp)[6:]}; out in {out}/")  # fmt: skip
+        if step >= c.max_iters:
+            print(f"{out}/ckpt.pt is at step {step} already: give a larger --max_iters to train on")
 
     def save():
-        pending = [[t.cpu() for t in entry] for entry in seen]  # losses not yet in the log
-        save_checkpoint(out / "ckpt.pt", {"format": FORMAT, "settings": vars(c), "pending": pending, "skipped": [int(skipped), int(in_a_row)], "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step,
-                                          "model": network.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})  # fmt: skip
+        pending = earlier + gather(seen, world)
+        if rank == 0:
+            save_checkpoint(out / "ckpt.pt", {
+                "format": FORMAT, "settings": vars(c), "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step, "pending": pending,
+                "skipped": [float(skipped), float(in_a_row)], "model": network.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict(),
+            })  # fmt: skip
 
-    stop = []
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, frame: stop.append(number))
-    counts = checkpoint["skipped"] if checkpoint else (0, 0)
-    skipped, in_a_row = (torch.tensor(float(n), device=device) for n in counts)  # on the device: no synchronisation per step
-    seen = [[t.to(device) for t in entry[:2]] + [entry[2]] for entry in checkpoint["pending"]] if checkpoint else []
-    clock, clips_done = time.perf_counter(), 0
-    bar = tqdm(total=c.max_iters, initial=step, desc="training", unit="it", smoothing=0.05)
+    signalled, stop = [0], 0
+    handlers = {s: signal.signal(s, lambda number, frame: signalled.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    seen, clock, clips_done = [], time.perf_counter(), 0
+    bar = tqdm(total=c.max_iters, initial=step, desc="training", unit="it", smoothing=0.05, disable=rank > 0)
     network.train()
     while step < c.max_iters and not stop:
         lr = learning_rate_at(step, c)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for micro in range(c.gradient_accumulation_steps):
-            x, mask, logsnr, eps, _ = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
-            loss, v_error = batch_loss(run, c, x, mask, logsnr, eps)
-            (loss.mean() / c.gradient_accumulation_steps).backward()
+        for micro in range(rank, c.gradient_accumulation_steps, world):
+            last = micro + world >= c.gradient_accumulation_steps  # gradients are averaged over ranks once a step
+            with nullcontext() if last or world == 1 else model.no_sync():
+                x, mask, logsnr, eps, _ = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
+                loss, v_error = batch_loss(run, c, x, mask, logsnr, eps)
+                (loss.mean() * world / c.gradient_accumulation_steps).backward()
             seen.append((loss.detach(), v_error, logsnr))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.grad_clip or math.inf)
-        bad = (~torch.isfinite(norm)).float()  # a fused optimiser skips the step where found_inf is 1
-        optimizer.found_inf = bad
+        bad = (~torch.isfinite(norm)).float()
+        optimizer.found_inf = bad  # a fused optimiser leaves the weights alone where this is 1
         skipped, in_a_row = skipped + bad, (in_a_row + bad) * bad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -448,39 +490,52 @@ def main(argv=None):
         step += 1
         clips_done += c.batch_size * c.gradient_accumulation_steps
         bar.update()
+        stop = signalled[-1]
+        if world > 1:  # all ranks stop at the same step; they agree every tenth, since asking waits for the device
+            stop = 0
+            if step % 10 == 0:
+                flag = torch.tensor(signalled[-1], device=device)
+                dist.all_reduce(flag, dist.ReduceOp.MAX)
+                stop = int(flag)
 
         evaluating = step % c.eval_interval == 0 or step == c.max_iters
         if step % c.log_interval == 0 or evaluating:
-            losses, v_errors, logsnrs = (torch.cat(a).cpu() for a in zip(*seen))
-            mean = losses.mean().item()
-            speed = clips_done / (time.perf_counter() - clock)
-            line = {"iter": step, "loss": round(mean, 6), "lr": lr, "grad_norm": round(norm.item(), 4), "clips_per_s": round(speed, 2), "skipped": int(skipped), "bins": by_bin(logsnrs.numpy(), v_errors.numpy())}
-            bar.set_postfix(loss=f"{mean:.4f}", clips_per_s=f"{speed:.1f}")
+            losses, v_errors, logsnrs = (torch.cat(a) for a in zip(*(earlier + gather(seen, world))))
+            earlier, seen = [], []
             if in_a_row >= 10:
                 bar.close()
                 raise RuntimeError(f"the gradient was not finite {int(in_a_row)} steps in a row up to step {step}; {out}/ckpt.pt holds the last good state: lower --learning_rate or use --dtype=float32")
-            if evaluating:
-                val_loss, line["val_bins"] = evaluate(ema.module, *args)
+            speed = clips_done / (time.perf_counter() - clock)
+            line = {"iter": step, "loss": round(losses.mean().item(), 6), "lr": lr, "grad_norm": round(norm.item(), 4), "clips_per_s": round(speed, 2), "skipped": int(skipped), "bins": by_bin(logsnrs.numpy(), v_errors.numpy())}
+            bar.set_postfix(loss=f"{line['loss']:.4f}", clips_per_s=f"{speed:.1f}")
+            if evaluating and rank == 0:
+                val_loss, line["val_bins"] = evaluate_now()
                 line["val_loss"] = round(val_loss, 6)
-                bar.write(f"step {step}: loss {mean:.4f}, held-out {val_loss:.4f}, {speed:.1f} clips/s")
-            with open(log_path, "a") as f:
-                f.write(json.dumps(line) + "\n")
-            seen = []
+                bar.write(f"step {step}: loss {line['loss']:.4f}, held-out {val_loss:.4f}, {speed:.1f} clips/s")
+            if rank == 0:
+                with open(out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(line) + "\n")
             if evaluating:
                 save()
             clock, clips_done = time.perf_counter(), 0
     bar.close()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if stop:
         save()
-        print(f"stopped by signal {stop[0]} at step {step}; continue with --init_from=resume", file=sys.stderr)
-        sys.exit(128 + stop[0])
-    print(f"{out}/ckpt.pt is ready: python sample.py --out_dir={c.out_dir}")
+        if rank == 0:
+            print(f"stopped by signal {stop} at step {step}; continue with --init_from=resume", file=sys.stderr)
+        sys.exit(128 + stop)
+    if rank == 0:
+        print(f"{out}/ckpt.pt is ready: python sample.py --out_dir={c.out_dir}")
 
 
 def run_main(main):
     """Run a script: bad input ends in one line and exit code 2, a failure of the machine in one line and 1."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as e:
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(2)
