@@ -84,6 +84,9 @@ def generate(path, kind, size, seed):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         out = np.lib.format.open_memmap(temporary, "w+", np.float32, (SEASONS, SEASON_HOURS, size, size))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error while writing the map
+            with open(temporary, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(temporary))
         z = S.sqrt() * draw()
         for hour in tqdm(range(SEASON_HOURS), desc=f"making {path}", unit="h"):
             field = torch.fft.ifft2(z, norm="forward")[:, :size, :size]  # real and imaginary part: two seasons
@@ -222,7 +225,10 @@ def read_xarray(path, variables):
             coords[name] = {"dims": list(c.dims), "values": c.values, "attrs": plain(c.attrs)}
     attrs = [plain(f.attrs) for f in fields]
     fits = sum(f.size for f in fields) * 4 < 2**30  # small enough to hold; larger ones are read window by window
-    arrays = [f.values if fits else f for f in fields]
+    try:
+        arrays = [f.values if fits else f for f in fields]
+    except Exception as e:
+        raise InputError(f"cannot read {path}: its data are damaged ({type(e).__name__})")
     return Climate([arrays], hours, list(variables), attrs, (ydim, xdim), coords, calendar)
 
 

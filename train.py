@@ -11,10 +11,12 @@ import ast
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -213,8 +215,15 @@ def load_checkpoint(path, device="cpu"):
     if not path.exists():
         raise InputError(f"there is no checkpoint {path}: run train.py first, or set --out_dir{hint}")
     try:
+        with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums
+            damaged = z.testzip()
+        require(damaged is None, f"{path} is damaged (checksum of {damaged}){hint}")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         version = checkpoint["format"]
+    except InputError:
+        raise
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds more than tensors and plain values and was not opened: it could run code{hint}")
     except Exception as e:
         raise InputError(f"{path} is not a readable checkpoint of this program ({type(e).__name__}){hint}")
     if version != FORMAT:
