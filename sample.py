@@ -393,7 +393,7 @@ def main(argv=None):
     # every finished sample is a part on disk: an interrupted run goes on where it stopped, ranks of torchrun share the rest
     parts = folder / f"parts-{fingerprint(c, out / 'ckpt.pt')}"
     parts.mkdir(exist_ok=True)
-    missing = [i for i in range(c.num_samples) if not (parts / f"{i:06d}.npy").exists()]
+    missing = [i for i in range(c.num_samples) if not (parts / f"{i:06d}.pt").exists()]
     if world > 1:
         torch.distributed.barrier()
     if len(missing) < c.num_samples and rank == 0:
@@ -418,15 +418,15 @@ def main(argv=None):
                 bar.update(len(indices))
             if not z.isfinite().all():
                 raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
-            for i, y in zip(indices, z.cpu().numpy()):
-                with data.replacing(parts / f"{i:06d}.npy") as f:
-                    np.save(f, y)
+            for i, y in zip(indices, z.cpu()):
+                with data.replacing(parts / f"{i:06d}.pt") as f:
+                    torch.save(y.clone(), f)  # np.save would not notice a full disk
     seconds = time.perf_counter() - start
     if world > 1:
         torch.distributed.barrier()
         if rank > 0:
             return
-    y = torch.from_numpy(np.stack([np.load(parts / f"{i:06d}.npy") for i in range(c.num_samples)]))
+    y = torch.stack([torch.load(parts / f"{i:06d}.pt", weights_only=True) for i in range(c.num_samples)])
     if c.task == "encode":
         print(f"round trip: RMS difference {(y - given.cpu()).pow(2).mean().sqrt():.2e} standard deviations")
     x = data.denormalise(y, meta["transform"], meta["valid"])  # (N, C, T, H, W)

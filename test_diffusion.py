@@ -6,6 +6,12 @@ import itertools
 import json
 import math
 import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -994,6 +1000,188 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
     torch.save({"format": 99}, path)
     with pytest.raises(data.InputError, match="format 99"):
         train.load_checkpoint(path)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(field, tmp_path, monkeypatch):
+    honest, calls = train.batch_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        loss, v_error = honest(*args)
+        return (loss * math.nan, v_error) if len(calls) == 3 or len(calls) > 9 else (loss, v_error)
+
+    monkeypatch.setattr(train, "batch_loss", broken)
+    with pytest.raises(RuntimeError, match="10 steps in a row.*lower --learning_rate"):
+        train.main([*field, "--max_iters=40", "--eval_interval=5"])  # evaluation makes one call of its own at step 5
+    log = [json.loads(l) for l in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [l["skipped"] for l in log[:5]] == [0, 0, 1, 1, 1] and log[-1]["iter"] < 20
+    kept = train.load_checkpoint(tmp_path / "out/ckpt.pt")
+    assert kept["step"] in (5, 10, 15) and all(v.isfinite().all() for part in ("model", "ema") for v in kept[part].values())
+
+
+def in_a_fork(target, *args, limit=None, after=None, number=signal.SIGKILL):
+    """Run target(*args) in a child with a file size limit, or end it by a signal after some seconds. Its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)  # a forked child has no thread pool
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        code = 0
+        try:
+            train.run_main(partial(target, *args))
+        except SystemExit as e:
+            code = e.code
+        finally:
+            os._exit(code or 0)
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def state_of(folder):
+    """What must not differ between two runs: weights, averages, optimiser, and the log without its clock."""
+    c = torch.load(folder / "ckpt.pt", weights_only=True)
+    log = [{k: v for k, v in json.loads(l).items() if k != "clips_per_s"} for l in (folder / "log.jsonl").read_text().splitlines()]
+    tensors = [*c["model"].values(), *c["ema"].values(), *(t for s in c["optimizer"]["state"].values() for t in s.values())]
+    return c["step"], log, [t.numpy().tobytes() for t in tensors]
+
+
+@slow
+def test_killed_at_any_moment_and_resumed_is_identical(field, tmp_path):
+    """SLOW=1: TRIALS (100) runs killed by SIGKILL or SIGTERM at random, resumed until done; sampling likewise."""
+    args = [*field, "--max_iters=30", "--eval_interval=3", "--log_interval=2"]
+    start = time.perf_counter()
+    assert in_a_fork(train.main, [*args, f"--out_dir={tmp_path}/whole"]) == 0
+    seconds, rng = time.perf_counter() - start, np.random.default_rng(0)
+    whole, ends = state_of(tmp_path / "whole"), {}
+    for trial in range(int(os.environ.get("TRIALS", 100))):
+        out, number = tmp_path / f"trial{trial}", (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)[trial % 3]
+        code = in_a_fork(train.main, [*args, f"--out_dir={out}"], after=rng.uniform(0, 1.1 * seconds), number=number)
+        ends[code] = ends.get(code, 0) + 1
+        resume = ["--init_from=resume", f"--out_dir={out}"] if (out / "ckpt.pt").exists() else [*args, f"--out_dir={out}"]
+        assert in_a_fork(train.main, resume) == 0
+        assert state_of(out) == whole, trial
+        shutil.rmtree(out)
+    print(f"\n{sum(ends.values())} trials identical; exit codes {ends}")
+    assert ends[-9] > 0 and ends[143] > 0
+    args = [f"--out_dir={tmp_path}/whole", "--steps=6", "--num_samples=12", "--batch_size=2", "--verify=false", "--device=cpu", "--dtype=float32"]
+    start = time.perf_counter()
+    assert in_a_fork(sample.main, args) == 0
+    seconds, expected = time.perf_counter() - start, np.load(tmp_path / "whole/samples/samples.npz")["samples"]
+    for trial in range(int(os.environ.get("TRIALS", 100)) // 5):
+        shutil.rmtree(tmp_path / "whole/samples")
+        in_a_fork(sample.main, args, after=rng.uniform(0, seconds))
+        assert in_a_fork(sample.main, args) == 0
+        assert (np.load(tmp_path / "whole/samples/samples.npz")["samples"] == expected).all()
+        assert not list((tmp_path / "whole/samples").glob("parts-*"))
+
+
+def test_sigterm_writes_a_checkpoint_and_says_so(field, tmp_path):
+    code = in_a_fork(train.main, [*field, "--max_iters=100000"], after=3.0, number=signal.SIGTERM)
+    assert code == 143 and train.load_checkpoint(tmp_path / "out/ckpt.pt")["step"] > 0
+
+
+def test_a_full_disk_loses_nothing(field, tmp_path, monkeypatch):
+    """A limit on the size of files stands for the full disk: checkpoint, built-in data, samples."""
+    out = tmp_path / "out"
+    train.main([*field, "--max_iters=2"])
+    before = (out / "ckpt.pt").read_bytes()
+    assert in_a_fork(train.main, [f"--out_dir={out}", "--init_from=resume", "--max_iters=4"], limit=100_000) == 1
+    assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob(".*"))
+    train.main([f"--out_dir={out}", "--init_from=resume", "--max_iters=4"])
+    assert train.load_checkpoint(out / "ckpt.pt")["step"] == 4
+    draw = [f"--out_dir={out}", "--steps=3", "--num_samples=2", "--verify=false", "--device=cpu"]
+    assert in_a_fork(sample.main, draw, limit=1000) == 1
+    assert not (out / "samples/samples.npz").exists()
+    sample.main(draw)
+    assert (out / "samples/samples.npz").exists()
+    monkeypatch.chdir(tmp_path)
+    assert in_a_fork(train.main, ["--size=8", f"--out_dir={tmp_path}/o2", "--max_iters=1"], limit=100_000) == 1
+    assert not list((tmp_path / "data").iterdir())
+
+
+@slow
+def test_ranks_agree_with_one_process(field, tmp_path):
+    """SLOW=1: two gloo ranks and one process, and 2 -> 1 -> 2 ranks by resume, end at the same weights; samples too."""
+    here = Path(train.__file__).parent
+
+    def launch(ranks, script, *args):
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29600 + os.getpid() % 300}"]
+        subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), here / script, *args], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    args = [*field, "--gradient_accumulation_steps=2", "--eval_interval=3"]
+    launch(1, "train.py", *args, f"--out_dir={tmp_path}/one", "--max_iters=9")
+    launch(2, "train.py", *args, f"--out_dir={tmp_path}/two", "--max_iters=9")
+    mix = tmp_path / "mix"
+    launch(2, "train.py", *args, f"--out_dir={mix}", "--max_iters=9")
+    for ranks, reached in ((1, 6), (2, 8)):  # two ranks came to step 6, one goes on to step 8, two end it
+        shutil.copy(mix / "ckpt.prev.pt", mix / "ckpt.pt")
+        assert torch.load(mix / "ckpt.pt", weights_only=True)["step"] == reached
+        launch(ranks, "train.py", f"--out_dir={mix}", "--init_from=resume", "--eval_interval=1")
+    one, two, mixed = (torch.load(tmp_path / f / "ckpt.pt", weights_only=True) for f in ("one", "two", "mix"))
+    for k in one["model"]:
+        torch.testing.assert_close(one["model"][k], two["model"][k], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one["model"][k], mixed["model"][k], rtol=1e-5, atol=1e-6)
+    draw = ["--steps=4", "--num_samples=5", "--verify=false", "--device=cpu", "--dtype=float32", f"--out_dir={tmp_path}/one"]
+    drawn = []
+    for ranks in (1, 2):
+        launch(ranks, "sample.py", *draw)
+        drawn.append(np.load(tmp_path / "one/samples/samples.npz")["samples"])
+    np.testing.assert_allclose(*drawn, rtol=1e-4, atol=1e-5)
+
+
+@slow
+def test_a_large_array_stays_on_disk(tmp_path):
+    """SLOW=1: a sparse 20 GB .npy with some data trains within 2 GiB of resident memory."""
+    big = np.lib.format.open_memmap(tmp_path / "big.npy", "w+", np.float32, (320_000, 128, 128))
+    big[::20_000] = np.random.default_rng(0).standard_normal((16, 128, 128))
+    del big
+    code = in_a_fork(train.main, [f"--dataset={tmp_path}/big.npy", f"--out_dir={tmp_path}/o", "--width=16", "--patch=4", "--max_iters=20", "--batch_size=2", "--eval_iters=1", "--device=cpu"])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\npeak resident memory {peak:.2f} GiB")
+    assert code == 0 and peak < 2
+
+
+def test_properties_of_windows_transforms_and_settings(tmp_path):
+    hypothesis = pytest.importorskip("hypothesis")
+    st, quick = hypothesis.strategies, hypothesis.settings(max_examples=60, deadline=None)
+
+    @quick
+    @hypothesis.given(st.lists(st.sampled_from([1.0, 1.0, 1.0, 1.2, 5.0, 0.0, -3.0]), min_size=3, max_size=150), st.integers(1, 9))
+    def windows(steps, frames):
+        hours = np.cumsum([0.0, *steps])
+        c = data.Climate([[np.zeros((len(hours), 1, 1), np.float32)]], hours, ["a"], [{}])
+        try:
+            training, test = data.split_windows(c, frames)
+        except data.InputError:
+            return
+        assert not set(data.covered_frames(training, frames)) & set(data.covered_frames(test, frames))
+        for s in (*training, *test):
+            d = np.diff(hours[s : s + frames])
+            assert s + frames <= len(hours) and (d > 0).all() and (d <= 1.5 * c.step_hours).all()
+        spaced = data.apart(test, frames)
+        assert (np.diff(spaced) >= frames).all() and set(spaced) <= set(test)
+
+    @quick
+    @hypothesis.given(st.sampled_from(sorted(data.TRANSFORMS)), st.lists(st.floats(-1e6, 1e6, width=32), min_size=24, max_size=24))
+    def transforms(name, values):
+        x = np.array(values, np.float32).reshape(24, 1, 1)
+        hypothesis.assume(np.ptp(x) > 1e-3 * np.abs(x).max())  # not constant to rounding
+        c = data.Climate([[x]], np.arange(24), ["a"], [{}])
+        fitted = data.fit_transform(c, np.arange(21), 4, name)
+        back = data.denormalise(data.normalise(x[None, None], fitted)[0], fitted)[0, 0]
+        inside = x >= (fitted[0]["floor"] if fitted[0]["floor"] is not None else -np.inf)
+        assert np.abs(back - x)[inside].max(initial=0) <= 2e-5 * np.abs(x).max() and (back[~inside] == fitted[0]["floor"]).all()
+
+    @quick
+    @hypothesis.given(st.integers(1, 10**6), st.floats(1e-9, 1e3), st.booleans(), st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=20))
+    def arguments(count, rate, flag, word):
+        c = train.configure(train.__file__, [f"--max_iters={count}", f"--learning_rate={rate}", f"--eval_only={flag}", f"--variables={word}"], train.CHOICES)
+        assert (c.max_iters, c.learning_rate, c.eval_only, c.variables) == (count, rate, flag, word) and c.width == 64
+
+    windows(), transforms(), arguments()
 
 
 REAL = sorted(p for p in Path(os.environ.get("CLIMATE_FILES", "/nonexistent")).glob("*") if p.suffix in (".nc", ".zarr"))

@@ -49,7 +49,7 @@ transform = "auto"  # auto, none, sqrt, cbrt, log; one for all variables or one 
 width = 64  # channels at the first level, a multiple of 16
 mults = "1,2"  # channel multiples; every further level halves the resolution
 blocks = 1  # residual blocks per level
-patch = 2  # pixel-unshuffle at the input
+patch = 4  # pixel-unshuffle at the input: cells of a patch become channels
 wrap_x = "auto"  # periodic longitude: auto (from the coordinates), true, false
 # diffusion
 param = "v"  # what the network predicts: v, eps, x, score
@@ -63,8 +63,8 @@ loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
 batch_size = 16  # clips per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, shared by the ranks of torchrun
-max_iters = 1200  # optimiser steps
-learning_rate = 1e-3  # peak of AdamW's learning rate
+max_iters = 3000  # optimiser steps
+learning_rate = 3e-3  # peak of AdamW's learning rate
 warmup_iters = 100  # linear warm-up, then cosine decay to min_lr at max_iters
 min_lr = 1e-5  # learning rate at the end
 weight_decay = 0.01  # of matrices and kernels
@@ -72,7 +72,7 @@ beta2 = 0.99  # AdamW's second-moment decay
 grad_clip = 1.0  # gradient norm is clipped to this; 0 is off
 ema_decay = 0.995  # of the averaged weights that are evaluated and sampled
 # evaluation and logging
-eval_interval = 400  # steps between evaluations on held-out clips and checkpoints
+eval_interval = 500  # steps between evaluations on held-out clips and checkpoints
 eval_iters = 8  # held-out batches per evaluation
 eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
 bound_steps = 1000  # steps T of the discrete bound that eval_only prints
@@ -176,13 +176,17 @@ def run_network(network, device, dtype, param, modes=None):
 
 
 def mode_variances(climate, starts, c, transform):
-    """Variance of the cosine modes of up to 2000 training clips, (C, T, H, W): the spectrum that the linear part knows."""
-    chosen = starts[np.linspace(0, len(starts) - 1, min(len(starts), 2000)).astype(int)]
-    total = 0
-    for i in range(0, len(chosen), 50):
-        x, _ = data.normalise(data.clips(climate, chosen[i : i + 50], c.frames), transform)
+    """Variance of the cosine modes of training clips, (C, T, H, W): the spectrum that the linear part knows.
+
+    Up to 2000 clips evenly spread, fewer of large ones (2e7 values in all, but at least 50 clips).
+    """
+    values = len(climate.names) * c.frames * math.prod(climate.size)
+    count = min(len(starts), max(50, min(2000, 20_000_000 // values)))
+    chosen, total = starts[np.linspace(0, len(starts) - 1, count).astype(int)], 0
+    for i in range(0, count, 10):
+        x, _ = data.normalise(data.clips(climate, chosen[i : i + 10], c.frames), transform)
         total = total + (diffusion.to_modes(x) ** 2).sum(0)
-    return (total / len(chosen)).clamp(min=1e-6)
+    return (total / count).clamp(min=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
