@@ -53,7 +53,7 @@ def renoise(z, logsnr_s, logsnr_t, eps):
 # schedules: t in [0, 1] (0 data, 1 noise) to log-SNR. Uniform t makes each the quantile function of a density
 
 BETA_MIN, BETA_MAX = 0.1, 20.0  # the VP-SDE's linear beta; DDPM's 1e-4 .. 0.02 times 1000 steps
-NORMAL_MEAN, NORMAL_STD = 1.0, 2.4  # EDM's training density for data of unit variance
+EDM_NORMAL = (1.0, 2.4)  # mean and standard deviation of EDM's training density for data of unit variance
 RHO = 7.0  # exponent of EDM's sampling grid
 
 
@@ -70,18 +70,18 @@ def linear_time(logsnr):
 
 
 root = lambda logsnr: (-0.5 * torch.as_tensor(logsnr, dtype=torch.float64) / RHO).exp()  # (sigma / alpha)^(1 / rho)
-TIMES = {  # u(logsnr) in [0, 1] of the untruncated process, and logsnr(u); lo and hi are the truncation
-    "cosine": (lambda l, lo, hi: 2 / math.pi * torch.atan((-0.5 * l).exp()), lambda u, lo, hi: -2 * torch.log(torch.tan(math.pi / 2 * u))),
-    "linear": (lambda l, lo, hi: linear_time(l), lambda u, lo, hi: -torch.log(torch.expm1(BETA_MIN * u + (BETA_MAX - BETA_MIN) / 2 * u**2))),
-    "logsnr": (lambda l, lo, hi: (hi - l) / (hi - lo), lambda u, lo, hi: hi + (lo - hi) * u),
-    "flow": (lambda l, lo, hi: torch.sigmoid(-0.5 * l), lambda u, lo, hi: 2 * (torch.log1p(-u) - torch.log(u))),
-    "normal": (lambda l, lo, hi: torch.special.ndtr((NORMAL_MEAN - l) / NORMAL_STD), lambda u, lo, hi: NORMAL_MEAN - NORMAL_STD * torch.special.ndtri(u)),
-    "rho": (lambda l, lo, hi: (root(l) - root(hi)) / (root(lo) - root(hi)), lambda u, lo, hi: -2 * RHO * torch.log(root(hi) + (root(lo) - root(hi)) * u)),
+TIMES = {  # u(logsnr) in [0, 1] of the untruncated process, and logsnr(u); lo, hi the truncation, m, s of 'normal'
+    "cosine": (lambda l, lo, hi, m, s: 2 / math.pi * torch.atan((-0.5 * l).exp()), lambda u, lo, hi, m, s: -2 * torch.log(torch.tan(math.pi / 2 * u))),
+    "linear": (lambda l, lo, hi, m, s: linear_time(l), lambda u, lo, hi, m, s: -torch.log(torch.expm1(BETA_MIN * u + (BETA_MAX - BETA_MIN) / 2 * u**2))),
+    "logsnr": (lambda l, lo, hi, m, s: (hi - l) / (hi - lo), lambda u, lo, hi, m, s: hi + (lo - hi) * u),
+    "flow": (lambda l, lo, hi, m, s: torch.sigmoid(-0.5 * l), lambda u, lo, hi, m, s: 2 * (torch.log1p(-u) - torch.log(u))),
+    "normal": (lambda l, lo, hi, m, s: torch.special.ndtr((m - l) / s), lambda u, lo, hi, m, s: m - s * torch.special.ndtri(u)),
+    "rho": (lambda l, lo, hi, m, s: (root(l) - root(hi)) / (root(lo) - root(hi)), lambda u, lo, hi, m, s: -2 * RHO * torch.log(root(hi) + (root(lo) - root(hi)) * u)),
 }  # fmt: skip
 SCHEDULES = (*TIMES, "ddpm")
 
 
-def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0):
+def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0, normal=EDM_NORMAL):
     """Log-SNR at time t, float64, same shape as t; strictly decreasing ('ddpm': a step function of 1000 levels).
 
     cosine   -2 log tan(pi u / 2)                (distillation; Foster's offset cosine is logsnr in [-7.824, 2.2255])
@@ -89,7 +89,7 @@ def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1
     ddpm     the same as the exact chain of 1000 steps (t in (i-1, i]/1000 is z_i)
     logsnr   linear in u                         (VDM; NCSN's geometric noise levels; EDM's log-uniform sigma)
     flow     2 log((1 - u) / u)                  (rectified flow; rescaling z makes it the same process)
-    normal   quantiles of Normal(1, 2.4^2)       (EDM's training density)
+    normal   quantiles of Normal(*normal)        (EDM's training density; spectrum_normal for that of given data)
     rho      (sigma/alpha)^(1/7) linear in u     (EDM's sampling grid)
 
     Truncation to [logsnr_min, logsnr_max] is u = u(logsnr_max) + (u(logsnr_min) - u(logsnr_max)) t.
@@ -102,20 +102,30 @@ def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1
         l = table[(torch.ceil(t * len(table)).long() - 1).clamp(0, len(table) - 1)]
     else:
         (time_at, logsnr_at), lo, hi = TIMES[name], logsnr_min - offset, logsnr_max - offset
-        u0, u1 = time_at(t.new_tensor([hi, lo]), lo, hi)
-        l = logsnr_at(u0 + (u1 - u0) * t, lo, hi)
+        u0, u1 = time_at(t.new_tensor([hi, lo]), lo, hi, *normal)
+        l = logsnr_at(u0 + (u1 - u0) * t, lo, hi, *normal)
     return (l + offset).clamp(logsnr_min, logsnr_max)
 
 
-def log_density(logsnr, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0):
+def log_density(logsnr, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0, normal=EDM_NORMAL):
     """log p(logsnr) of the log-SNRs that uniform t gives, = -log |dlogsnr/dt|, float64, any shape; not for 'ddpm'."""
     offset = 2 * math.log(shift)
     (time_at, _), lo, hi = TIMES[name], logsnr_min - offset, logsnr_max - offset
     with torch.enable_grad():
         l = (torch.as_tensor(logsnr).to("cpu", torch.float64) - offset).detach().requires_grad_()
-        slope = torch.autograd.grad(time_at(l, lo, hi).sum(), l)[0]
-    u0, u1 = time_at(slope.new_tensor([hi, lo]), lo, hi)
+        slope = torch.autograd.grad(time_at(l, lo, hi, *normal).sum(), l)[0]
+    u0, u1 = time_at(slope.new_tensor([hi, lo]), lo, hi, *normal)
     return torch.log(-slope / (u1 - u0))
+
+
+def spectrum_normal(w):
+    """Mean and standard deviation of a normal density of log-SNR that covers data with mode variances w (any shape).
+
+    A mode of variance w emerges from the noise where alpha^2 w = sigma^2, at log-SNR -log w: the largest, the mean of the
+    field, first, the smallest scales last. Both ends of the spectrum lie at two standard deviations.
+    """
+    first, last = -math.log(float(w.max())), -math.log(float(w.min()))
+    return (first + last) / 2, max((last - first) / 4, 1.0)
 
 
 def stratified_times(batch_size, generator=None):
@@ -124,14 +134,13 @@ def stratified_times(batch_size, generator=None):
     return (u + torch.arange(batch_size, dtype=torch.float64) / batch_size) % 1
 
 
-def sampling_grid(num_steps, spacing="time", logsnr_min=-30.0, logsnr_max=30.0, schedule="cosine", shift=1.0):
+def sampling_grid(num_steps, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0, normal=EDM_NORMAL):
     """The log-SNRs a sampler visits, noise first: (num_steps + 1,) float64, the last one +inf (no noise: z = x_hat).
 
-    spacing: 'time' is even in the schedule's own t, 'logsnr' even in log-SNR, 'rho' is EDM's.
+    Even in the time of the schedule `name`: 'logsnr' is even in log-SNR, 'rho' is EDM's grid.
     """
     t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
-    name = schedule if spacing == "time" else spacing
-    return torch.cat([logsnr_schedule(t, name, logsnr_min, logsnr_max, shift), t.new_tensor([math.inf])])
+    return torch.cat([logsnr_schedule(t, name, logsnr_min, logsnr_max, shift, normal), t.new_tensor([math.inf])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ num_samples = 64  # clips to generate
 batch_size = 32  # clips at a time; does not change the result
 steps = 256  # sampler steps
 sampler = "ancestral"  # ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
-spacing = "auto"  # grid even in: time (of the schedule), logsnr, rho (EDM); auto: logsnr for sde, ode, langevin, pc, dpmpp, dpmpp_sde
+spacing = "auto"  # log-SNRs even in: density (trained on), time (of the schedule), logsnr, rho (EDM); auto: density, but logsnr for sde, ode, langevin
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
 variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
 churn = 0.0  # of heun: relative noise added before a step
@@ -50,7 +50,7 @@ verify = True  # compare with held-out clips: verify.json, verify.png
 dry = 0.01  # a variable with a floor (rain) is dry up to this much above it, in its units
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHOICES = {"task": ("generate", "edit", "encode", "morph"), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
+CHOICES = {"task": ("generate", "edit", "encode", "morph"), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "density", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
 
 
 def check(c):
@@ -67,9 +67,9 @@ def check(c):
 
 def given_clips(c, settings, meta, count):
     """Clips to start from, in physical units: `count` spread over --input, or over the held-out part of the data set."""
-    climate = data.open_climate(c.input or settings["dataset"], settings["variables"], settings["size"], settings["seed"])
+    climate = data.open_climate(c.input or settings.dataset, settings.variables, settings.size, settings.seed)
     require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"--input={c.input} has variables {climate.names} on a grid {climate.size}; the checkpoint needs {meta['names']} on {tuple(meta['size'])}")
-    T = settings["frames"]
+    T = settings.frames
     starts = data.runs(climate, T) if c.input else data.split_windows(climate, T)[1]
     require(len(starts), f"--input={c.input} has no {T} consecutive frames")
     return data.clips(climate, starts[np.linspace(0, len(starts) - 1, count).astype(int)], T)
@@ -88,12 +88,16 @@ def make_step(c):
     return partial(diffusion.SAMPLERS[c.sampler], **options.get(c.sampler, {}))
 
 
-def make_grid(c, settings):
-    """The log-SNRs to visit, on the schedule the checkpoint was trained with."""
+def make_grid(c, settings, meta):
+    """The log-SNRs to visit, (steps + 1,)."""
     spacing = c.spacing
     if spacing == "auto":
-        spacing = "time" if c.sampler in ("ancestral", "ddim", "heun") else "logsnr"
-    grid = diffusion.sampling_grid(c.steps, spacing, settings["logsnr_min"], settings["logsnr_max"], settings["schedule"], settings["shift"])
+        spacing = "logsnr" if c.sampler in ("sde", "ode", "langevin") else "density"
+    if spacing in ("density", "time"):
+        levels = train.levels(settings, meta, settings.density if spacing == "density" else "schedule")
+    else:
+        levels = spacing, settings.logsnr_min, settings.logsnr_max
+    grid = diffusion.sampling_grid(c.steps, *levels)
     if c.task == "edit":
         require(grid[0] <= c.edit_logsnr <= grid[-2], f"--edit_logsnr={c.edit_logsnr} lies outside the grid of log-SNR from {grid[0]:.1f} to {grid[-2]:.1f}")
         grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
@@ -370,16 +374,16 @@ def main(argv=None):
     rank, world = train.start_ranks()
     device, amp, compiled = train.pick_device(c)
     checkpoint = train.load_checkpoint(out / "ckpt.pt")
-    settings, meta = checkpoint["settings"], checkpoint["data"]
+    settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
     network = train.build(checkpoint, device)
-    grid = make_grid(c, settings)
+    grid = make_grid(c, settings, meta)
     step = make_step(c)
-    shape = (len(meta["names"]), settings["frames"], *meta["size"])
+    shape = (len(meta["names"]), settings.frames, *meta["size"])
     cond = meta["valid"].to(device).expand(1, *shape) if meta["masked"] else None
-    run = train.run_network(torch.compile(network) if compiled else network, device, amp, settings["param"], meta["modes"])
+    run = train.run_network(torch.compile(network) if compiled else network, device, amp, settings, meta)
     conditioned = lambda z, logsnr, _: run(z, logsnr, None if cond is None else cond.expand(len(z), *shape))
-    denoise = diffusion.make_denoiser(conditioned, settings["param"])
-    if settings["param"] in ("eps", "score") if c.clip == "auto" else c.clip == "true":
+    denoise = diffusion.make_denoiser(conditioned, settings.param)
+    if settings.param in ("eps", "score") if c.clip == "auto" else c.clip == "true":
         denoise = diffusion.clip(denoise, min(f["low"] for f in meta["transform"]), max(f["high"] for f in meta["transform"]))
     given = None
     if c.task != "generate":
@@ -444,13 +448,13 @@ def main(argv=None):
         print(f"{len(missing)} clips in {seconds:.0f} s ({len(missing) / seconds:.2f} clips/s)")
     if c.theory:
         clip = data.normalise(given_clips(c, settings, meta, 1), meta["transform"])[0].to(device)
-        theory_picture(folder / "theory.png", denoise, clip, grid if c.task == "generate" else make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings), step, generators(c.seed, [0]), meta)
+        theory_picture(folder / "theory.png", denoise, clip, grid if c.task == "generate" else make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), step, generators(c.seed, [0]), meta)
         written.append("theory.png")
     if c.verify and c.task == "generate":
-        climate = data.open_climate(settings["dataset"], settings["variables"], settings["size"], settings["seed"])
-        _, test = data.split_windows(climate, settings["frames"])
-        test = data.apart(test, settings["frames"])
-        truth = data.clips(climate, test[:: max(1, len(test) // 2000)], settings["frames"])  # at most about 4000
+        climate = data.open_climate(settings.dataset, settings.variables, settings.size, settings.seed)
+        _, test = data.split_windows(climate, settings.frames)
+        test = data.apart(test, settings.frames)
+        truth = data.clips(climate, test[:: max(1, len(test) // 2000)], settings.frames)  # at most about 4000
         report = {}
         for i, name in enumerate(meta["names"]):
             floor = 0.0 if meta["transform"][i]["floor"] == 0 else None

@@ -128,6 +128,14 @@ def test_log_density_is_the_slope_of_the_schedule(name):
     torch.testing.assert_close(log_p, -(-slope).log(), rtol=1e-5, atol=1e-5)
 
 
+def test_density_covers_the_spectrum():
+    w = f64([900.0, 3.0, 0.002])
+    mean, std = D.spectrum_normal(w)
+    assert mean - 2 * std == pytest.approx(-math.log(900)) and mean + 2 * std == pytest.approx(-math.log(0.002))
+    l = D.logsnr_schedule(torch.linspace(0, 1, 100_001, dtype=torch.float64), "normal", normal=(mean, std))
+    assert l.mean().item() == pytest.approx(mean, abs=0.01) and l.std().item() == pytest.approx(std, abs=0.01)
+
+
 def test_float32_coefficients_at_the_ends():
     exact = f64([-30, -29.5, -20, -7, -0.1, 0, 3, 15, 29.7, 30])
     for got, e in zip(D.alpha_sigma(exact.float()), D.alpha_sigma(exact)):
@@ -842,12 +850,12 @@ def test_resume_is_bit_identical(field, tmp_path):
 
 
 @pytest.mark.parametrize("settings,options", [
-    (["--param=v"], ["--sampler=dpmpp"]), (["--param=eps", "--schedule=linear"], ["--sampler=ddim", "--eta=0.5"]),
-    (["--param=x", "--schedule=flow", "--weighting=min_snr"], ["--sampler=heun", "--churn=0.1"]),
-    (["--param=score", "--schedule=ddpm"], ["--sampler=dpmpp_sde"]), (["--schedule=normal", "--weighting=sigmoid"], ["--sampler=pc"]),
-    (["--schedule=logsnr", "--weighting=elbo", "--logsnr_min=-6", "--logsnr_max=6"], ["--sampler=sde"]),
-    (["--schedule=rho", "--weighting=truncated_snr", "--loss_power=1"], ["--sampler=langevin", "--steps=40"]),
-    (["--weighting=x", "--gradient_accumulation_steps=2"], ["--sampler=ode"]), (["--weighting=eps"], ["--variance=0.5", "--spacing=rho"]),
+    (["--param=v"], ["--sampler=dpmpp"]), (["--param=eps", "--schedule=linear", "--density=schedule"], ["--sampler=ddim", "--eta=0.5"]),
+    (["--param=x", "--schedule=flow", "--weighting=min_snr", "--density=schedule"], ["--sampler=heun", "--churn=0.1"]),
+    (["--param=score", "--schedule=ddpm", "--density=schedule"], ["--sampler=dpmpp_sde"]), (["--schedule=normal", "--density=schedule", "--weighting=sigmoid", "--linear_skip=false"], ["--sampler=pc"]),
+    (["--schedule=logsnr", "--weighting=elbo", "--logsnr_min=-6", "--logsnr_max=6", "--density=schedule"], ["--sampler=sde"]),
+    (["--schedule=rho", "--density=schedule", "--weighting=truncated_snr", "--loss_power=1"], ["--sampler=langevin", "--steps=40"]),
+    (["--weighting=elbo", "--gradient_accumulation_steps=2"], ["--sampler=ode"]), (["--weighting=eps"], ["--sampler=ancestral", "--variance=0.5", "--spacing=time"]),
 ])  # fmt: skip
 def test_train_and_sample_from_the_command_line(field, tmp_path, settings, options):
     train.main([*field, "--max_iters=2", *settings])
@@ -866,7 +874,7 @@ def test_edit_encode_morph_theory_and_likelihood(field, tmp_path, capsys):
         sample.main([*args, *task.split()])
         drawn[task.split()[0][7:]] = np.load(tmp_path / "out/samples/samples.npz")["samples"]
     checkpoint = train.load_checkpoint(tmp_path / "out/ckpt.pt")
-    given = sample.given_clips(train.SimpleNamespace(input=""), checkpoint["settings"], checkpoint["data"], 3)
+    given = sample.given_clips(train.SimpleNamespace(input=""), train.SimpleNamespace(**checkpoint["settings"]), checkpoint["data"], 3)
     np.testing.assert_allclose(drawn["encode"], given, atol=2e-2)
     np.testing.assert_allclose(drawn["morph"][[0, 2]], given[[0, 2]], atol=2e-2)  # both ends are the given fields
     assert 0.001 < np.abs(drawn["edit"] - given).mean() < 0.1  # little noise: close to the given fields, not equal
@@ -955,7 +963,7 @@ def bad(script, line, message):
     bad(train, "--max_iters=0", "at least 1"), bad(train, "--eval_interval=0", "at least 1"), bad(train, "--log_interval=0", "at least 1"), bad(train, "--blocks=0", "at least 1"), bad(train, "--patch=0", "at least 1"),
     bad(train, "--gradient_accumulation_steps=0", "at least 1"), bad(train, "--warmup_iters=-1", "negative"), bad(train, "--weight_decay=-1", "negative"), bad(train, "--seed=-1", "negative"),
     bad(train, "--ema_decay=1", "--ema_decay"), bad(train, "--beta2=1", "--beta2"), bad(train, "--width=20", "multiple of 16"), bad(train, "--mults=1,x", "whole numbers"), bad(train, "--mults=0", "whole numbers"),
-    bad(train, "--schedule=ddpm --weighting=elbo", "discrete chain"), bad(train, "--device=tpu", "not available"), bad(train, "--device=cuda:77", "not available"),
+    bad(train, "--schedule=ddpm --density=schedule --weighting=elbo", "discrete chain"), bad(train, "--device=tpu", "not available"), bad(train, "--device=cuda:77", "not available"),
     # data
     bad(train, "--dataset=nowhere", "neither"), bad(train, "--dataset=good.npy --variables=u", "no field 'u'"), bad(train, "--dataset=good.npz --variables=u", "no field 'u'"), bad(train, "--dataset=flat.npy", "no array of shape"),
     bad(train, "--dataset=five.npy", "no array of shape"), bad(train, "--dataset=words.npy", "no array of shape"), bad(train, "--dataset=complex.npy", "no array of shape"), bad(train, "--dataset=no_field.npz", "no array of shape"),

@@ -57,7 +57,8 @@ linear_skip = True  # the network adds to the linear denoiser that the data's sp
 schedule = "cosine"  # cosine, linear, logsnr, flow, normal, rho, ddpm
 logsnr_min = -30.0  # truncation of the schedule: pure noise
 logsnr_max = 30.0  # truncation of the schedule: data
-shift = 1.0  # adds 2 log(shift) to the log-SNR; below 1 trains more on noise (large fields)
+shift = 1.0  # adds 2 log(shift) to the log-SNR of the schedule
+density = "spectrum"  # log-SNRs trained on: spectrum (a normal density that covers the data's modes) or schedule
 weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, sigmoid, elbo
 loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
@@ -87,7 +88,7 @@ compile = "auto"  # torch.compile: auto (on CUDA), true, false
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOICES = {
-    "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": diffusion.SCHEDULES, "weighting": ("auto", *diffusion.WEIGHTINGS),
+    "init_from": ("scratch", "resume"), "density": ("spectrum", "schedule"), "param": tuple(diffusion.PARAMS), "schedule": diffusion.SCHEDULES, "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
 FORMAT = 1  # of checkpoints
@@ -143,7 +144,7 @@ def check(c):
     require(max(-c.logsnr_min, c.logsnr_max) <= 60, "log-SNR beyond +-60 leaves the range of float32")
     require(c.shift > 0 and c.learning_rate > 0, "--shift and --learning_rate must be positive")
     require(0 <= c.ema_decay < 1 and 0 < c.beta2 < 1, "--ema_decay must lie in [0, 1), --beta2 in (0, 1)")
-    require(c.schedule != "ddpm" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
+    require(c.schedule != "ddpm" or c.density != "schedule" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
 
 
 def pick_device(c):
@@ -163,14 +164,14 @@ def pick_device(c):
     return device, torch.bfloat16 if bfloat16 else torch.float32, {"auto": device.type == "cuda", "true": True, "false": False}[c.compile]
 
 
-def run_network(network, device, dtype, param, modes=None):
-    """network(z, logsnr, cond) under autocast, plus in float32 the linear part for data with these mode variances."""
-    modes = None if modes is None else modes.to(device)
+def run_network(network, device, dtype, c, meta):
+    """network(z, logsnr, cond) under autocast, plus in float32 the linear part that the data's spectrum gives."""
+    modes = meta["modes"].to(device) if c.linear_skip else None
 
     def run(z, logsnr, cond=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             F = network(z, logsnr, cond).float()
-        return F if modes is None else F + diffusion.linear_part(z, logsnr, modes, param)
+        return F if modes is None else F + diffusion.linear_part(z, logsnr, modes, c.param)
 
     return run
 
@@ -246,13 +247,20 @@ def build(checkpoint, device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def levels(c, meta, density):
+    """The arguments of diffusion.logsnr_schedule for the density (spectrum) or the schedule of a run."""
+    if density == "spectrum":
+        return "normal", c.logsnr_min, c.logsnr_max, 1.0, diffusion.spectrum_normal(meta["modes"])
+    return c.schedule, c.logsnr_min, c.logsnr_max, c.shift
+
+
 def micro_batch(climate, starts, c, meta, device, stream):
     """Clips, mask or None, log-SNRs, noise, and the clips in physical units: a function of stream = (seed, step, micro)."""
     physical = data.clips(climate, data.pick(starts, stream[0], stream[1:], c.batch_size), c.frames)
     x, mask = data.normalise(physical, meta["transform"])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
     t = diffusion.stratified_times(c.batch_size, generator)
-    logsnr = diffusion.logsnr_schedule(t, c.schedule, c.logsnr_min, c.logsnr_max, c.shift)
+    logsnr = diffusion.logsnr_schedule(t, *levels(c, meta, c.density))
     eps = torch.randn(x.shape, generator=generator)
     if device.type == "cuda":
         x, mask, eps = x.pin_memory(), mask.pin_memory(), eps.pin_memory()
@@ -260,10 +268,10 @@ def micro_batch(climate, starts, c, meta, device, stream):
     return x, mask if meta["masked"] else None, logsnr, eps, physical
 
 
-def batch_loss(run, c, x, mask, logsnr, eps):
+def batch_loss(run, c, meta, x, mask, logsnr, eps):
     """Weighted loss (B,) and squared v-error (B,) of one micro-batch; the mask is also the network's last channels."""
     weighting = {"score": "eps"}.get(c.param, c.param) if c.weighting == "auto" else c.weighting
-    log_p = diffusion.log_density(logsnr, c.schedule, c.logsnr_min, c.logsnr_max, c.shift) if weighting in ("elbo", "sigmoid") else None
+    log_p = diffusion.log_density(logsnr, *levels(c, meta, c.density)) if weighting in ("elbo", "sigmoid") else None
     return diffusion.training_loss(run, x, logsnr, eps, c.param, weighting, log_p, mask, mask, c.loss_power)
 
 
@@ -277,11 +285,11 @@ def by_bin(logsnrs, v_errors):
 @torch.no_grad()
 def evaluate(network, climate, starts, c, meta, device, dtype):
     """Loss on held-out clips with fixed times and noise: (mean weighted loss, v-error per log-SNR bin)."""
-    run = run_network(network.eval(), device, dtype, c.param, meta["modes"])
+    run = run_network(network.eval(), device, dtype, c, meta)
     losses, v_errors, logsnrs = [], [], []
     for i in range(c.eval_iters):
         x, mask, logsnr, eps, _ = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
-        loss, v = batch_loss(run, c, x, mask, logsnr, eps)
+        loss, v = batch_loss(run, c, meta, x, mask, logsnr, eps)
         losses.append(loss), v_errors.append(v), logsnrs.append(logsnr)
     return torch.cat(losses).mean().item(), by_bin(torch.cat(logsnrs).numpy(), torch.cat(v_errors).cpu().numpy())
 
@@ -293,7 +301,7 @@ def likelihood(network, climate, starts, c, meta, device):
     The bounds average over eval_iters batches, the probability-flow ODE over ode_clips clips with one Hutchinson probe
     each. 'physical' rows include the transform's change of variables; rain, with its atom at 0, has no such density.
     """
-    run, lo, hi = run_network(network.eval(), device, torch.float32, c.param, meta["modes"]), c.logsnr_min, c.logsnr_max
+    run, lo, hi = run_network(network.eval(), device, torch.float32, c, meta), c.logsnr_min, c.logsnr_max
     grid = torch.linspace(lo, hi, c.bound_steps + 1, dtype=torch.float64)
     rows, logs = {}, []
     for i in range(c.eval_iters):
@@ -336,7 +344,7 @@ def learning_rate_at(step, c):
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-FIXED = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
+FIXED = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "density", "seed")
 
 
 def logged_until(line, step):
@@ -416,7 +424,7 @@ def prepare(c, checkpoint, rank):
     meta = describe(climate, c, fitted, data.valid_cells(climate, data.covered_frames(train_starts, c.frames)))
     look = data.clips(climate, train_starts[:: max(1, len(train_starts) // 50)], c.frames)
     meta["masked"] = meta["masked"] or bool(np.isnan(look).any())
-    meta["modes"] = mode_variances(climate, train_starts, c, fitted) if c.linear_skip else None
+    meta["modes"] = mode_variances(climate, train_starts, c, fitted)
     return climate, train_starts, test_starts, meta
 
 
@@ -461,7 +469,7 @@ def main(argv=None):
     model = torch.compile(network) if compiled else network
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    run = run_network(model, device, amp, c.param, meta["modes"])
+    run = run_network(model, device, amp, c, meta)
     if rank == 0:
         open_log(out, step if resume else -1)
         print(f"{climate.names} {climate.size[0]}x{climate.size[1]}, {c.frames} frames, {len(train_starts)} training and {len(test_starts)} test clips; "
@@ -490,7 +498,7 @@ def main(argv=None):
             last = micro + world >= c.gradient_accumulation_steps  # gradients are averaged over ranks once a step
             with nullcontext() if last or world == 1 else model.no_sync():
                 x, mask, logsnr, eps, _ = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
-                loss, v_error = batch_loss(run, c, x, mask, logsnr, eps)
+                loss, v_error = batch_loss(run, c, meta, x, mask, logsnr, eps)
                 (loss.mean() * world / c.gradient_accumulation_steps).backward()
             seen.append((loss.detach(), v_error, logsnr))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.grad_clip or math.inf)
