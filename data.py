@@ -142,7 +142,9 @@ class Climate:
     def wraps(self):
         """True if x is a longitude that goes all the way round."""
         c = self.coords.get(self.dims[1])
-        if c is None or len(c["dims"]) != 1 or not str(c["attrs"].get("units", "degrees_east")).startswith("degree"):
+        if c is None or len(c["dims"]) != 1:
+            return False
+        if not str(c["attrs"].get("units", "")).startswith("degree") and self.dims[1].lower() not in ("lon", "longitude"):
             return False
         step = np.diff(np.asarray(c["values"], np.float64))
         return len(step) > 2 and bool(np.ptp(step) < 0.01 * abs(step[0]) and abs(abs(step[0]) * (len(step) + 1) - 360) < abs(step[0]) / 2)
@@ -185,7 +187,7 @@ def read_xarray(path, variables):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            coder = xr.coders.CFDatetimeCoder(time_unit="s")
+            coder = xr.coders.CFDatetimeCoder(time_unit="s") if hasattr(xr, "coders") else True
             ds = xr.open_dataset(path, engine="zarr" if zarr else None, decode_times=coder, chunks=None)
     except Exception as e:  # a damaged file, or the backend is not installed
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -260,7 +262,9 @@ def read_numpy(path, variables):
     n, H, W = fields[names[0]].shape
     axis = lambda keys, length: next((arrays[k] for k in arrays if k.lower() in keys and arrays[k].shape == (length,)), None)
     hours = axis(TIME_NAMES, n)
-    coords = {d: {"dims": [d], "values": np.array(v), "attrs": {}} for d, v in (("y", axis(Y_NAMES, H)), ("x", axis(X_NAMES, W))) if v is not None}
+    if hours is not None and hours.dtype.kind == "M":
+        hours = hours.astype("datetime64[s]").astype(np.float64) / 3600
+    coords = {d: {"dims": [d], "values": np.array(v, np.float64), "attrs": {}} for d, v in (("y", axis(Y_NAMES, H)), ("x", axis(X_NAMES, W))) if v is not None}
     return Climate([[fields[k] for k in names]], np.arange(n) if hours is None else hours, names, [{} for _ in names], ("y", "x"), coords, "none")
 
 
@@ -282,8 +286,9 @@ def open_climate(dataset, variables="", size=32, seed=0):
     parts = [read(p) for p in files]
     first = parts[0]
     for p, f in zip(parts, files):
-        if p.size != first.size or len(p.names) != len(first.names):
-            raise InputError(f"{f} has another grid or other variables than {files[0]}; give each its own folder")
+        same = {k: np.asarray(c["values"]).tolist() for k, c in p.coords.items()} == {k: np.asarray(c["values"]).tolist() for k, c in first.coords.items()}
+        if p.size != first.size or len(p.names) != len(first.names) or not same or p.calendar != first.calendar or (f.suffix != ".npy" and p.names != first.names):
+            raise InputError(f"{f} has another grid, calendar or other variables than {files[0]}; a folder is one record in time, all variables in every file")
     if first.calendar == "none" and all(p.hours[0] == 0 for p in parts):  # no times: one file a run of its own
         starts = np.cumsum([0] + [len(p) + 1e6 for p in parts[:-1]])
         hours = np.concatenate([p.hours + s for p, s in zip(parts, starts)])
@@ -417,15 +422,25 @@ def log_slope(x, transform):
     """
     if any(f["floor"] is not None for f in transform):
         return None
-    with np.errstate(divide="ignore"):
-        parts = [np.log(TRANSFORMS[f["name"]][2](x[:, i].astype(np.float64), f["scale"]) / f["std"]) for i, f in enumerate(transform)]
+    parts = []
+    for i, f in enumerate(transform):
+        v = x[:, i].astype(np.float64)
+        v = np.where(np.abs(v) < 1e-6 * f["scale"], 1e-6 * f["scale"], v)  # the slope of a root at exactly 0 is infinite
+        parts.append(np.log(TRANSFORMS[f["name"]][2](v, f["scale"]) / f["std"]))
     return torch.from_numpy(np.nansum(np.stack(parts, 1), axis=(1, 2, 3, 4)))
 
 
 def valid_cells(climate, index):
-    """1 where a cell ever has data in the given frames (looked at 200 of them), else 0. (C, 1, H, W) float32"""
-    look = index[:: max(1, len(index) // 200)]
-    return np.any([np.isfinite(climate.frames(i, i + 1)) for i in look], axis=0).astype(np.float32)
+    """Where a cell ever has data in the given frames, (C, 1, H, W) float32, and whether any value is missing.
+
+    Looks at all frames up to 1 GiB of them, at evenly spread ones of a larger record.
+    """
+    look = index[:: math.ceil(len(index) * len(climate.names) * math.prod(climate.size) / 2**28)]
+    ever, complete = False, True
+    for i in look:
+        finite = np.isfinite(climate.frames(i, i + 1))
+        ever, complete = ever | finite, complete and finite.all()
+    return ever.astype(np.float32), not complete
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -473,7 +488,9 @@ def compare(samples, truth, floor=None, dry=0.01):
     """
     scale = float(np.nanstd(truth))
     q, p = (np.nanquantile(a, QUANTILES) for a in (samples, truth))
-    mean_s, mean_p = samples.mean((0, 1)), truth.mean((0, 1))  # (H, W), NaN where there is no data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # cells without any data: NaN
+        mean_s, mean_p = np.nanmean(samples, (0, 1)), np.nanmean(truth, (0, 1))  # (H, W)
     bias = (mean_s - mean_p) / (mean_p if floor is not None else scale)
     out = {"samples": len(samples), "held_out_clips": len(truth), "mean": [float(np.nanmean(samples)), float(np.nanmean(truth))]}
     out["std"] = [float(np.nanstd(samples)), scale]
@@ -508,6 +525,7 @@ def write_samples(folder, x, meta, history):
     with replacing(folder / "samples.npz") as f:
         np.savez(f, dims=np.array(["sample", "channel", "time", *meta["dims"]]), **arrays)
     try:
+        import netCDF4  # noqa: F401, the engine that writes
         import xarray as xr
     except ImportError:
         return ["samples.npz"]

@@ -93,13 +93,14 @@ def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1
     rho      (sigma/alpha)^(1/7) linear in u     (EDM's sampling grid)
 
     Truncation to [logsnr_min, logsnr_max] is u = u(logsnr_max) + (u(logsnr_min) - u(logsnr_max)) t.
-    shift adds 2 log(shift): below 1 it moves the density towards noise (simple diffusion, Hoogeboom et al. 2023).
+    shift adds 2 log(shift): below 1 it moves the density towards noise (simple diffusion, Hoogeboom et al. 2023); it
+    means nothing for logsnr, rho and ddpm, whose levels the truncation or the table fixes.
     """
     t = torch.as_tensor(t).to("cpu", torch.float64)
     offset = 2 * math.log(shift)
     if name == "ddpm":
         table = ddpm_logsnrs()
-        l = table[(torch.ceil(t * len(table)).long() - 1).clamp(0, len(table) - 1)]
+        l = table[(torch.ceil(t * len(table) - 1e-9).long() - 1).clamp(0, len(table) - 1)]
     else:
         (time_at, logsnr_at), lo, hi = TIMES[name], logsnr_min - offset, logsnr_max - offset
         u0, u1 = time_at(t.new_tensor([hi, lo]), lo, hi, *normal)
@@ -118,13 +119,18 @@ def log_density(logsnr, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=
     return torch.log(-slope / (u1 - u0))
 
 
-def spectrum_normal(w):
-    """Mean and standard deviation of a normal density of log-SNR that covers data with mode variances w (any shape).
+def spectrum_range(w, margin=0.0):
+    """The log-SNRs between which data with mode variances w (any shape) emerge from the noise, widened by margin.
 
-    A mode of variance w emerges from the noise where alpha^2 w = sigma^2, at log-SNR -log w: the largest, the mean of the
-    field, first, the smallest scales last. Both ends of the spectrum lie at two standard deviations.
+    A mode of variance w emerges where alpha^2 w = sigma^2, at log-SNR -log w: the largest, the mean of the field, first,
+    the smallest scales last.
     """
-    first, last = -math.log(float(w.max())), -math.log(float(w.min()))
+    return -math.log(float(w.max())) - margin, -math.log(float(w.min())) + margin
+
+
+def spectrum_normal(w):
+    """(mean, standard deviation) of a normal density to train on: both ends of the spectrum at two standard deviations."""
+    first, last = spectrum_range(w)
     return (first + last) / 2, max((last - first) / 4, 1.0)
 
 
@@ -137,10 +143,12 @@ def stratified_times(batch_size, generator=None):
 def sampling_grid(num_steps, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0, normal=EDM_NORMAL):
     """The log-SNRs a sampler visits, noise first: (num_steps + 1,) float64, the last one +inf (no noise: z = x_hat).
 
-    Even in the time of the schedule `name`: 'logsnr' is even in log-SNR, 'rho' is EDM's grid.
+    Even in the time of the schedule `name`: 'logsnr' is even in log-SNR, 'rho' is EDM's grid (in EDM's range with
+    logsnr in [-8.76, 12.43]). A discrete chain has no more than its own levels.
     """
     t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
-    return torch.cat([logsnr_schedule(t, name, logsnr_min, logsnr_max, shift, normal), t.new_tensor([math.inf])])
+    l = logsnr_schedule(t, name, logsnr_min, logsnr_max, shift, normal)
+    return torch.cat([l.unique_consecutive(), t.new_tensor([math.inf])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,7 +188,7 @@ def to_eps(x_hat, z, logsnr):
 
 def make_denoiser(network, param, cond=None):
     """Turn network(z, logsnr, cond) -> F into denoise(z, logsnr) -> x_hat, computed in z's dtype."""
-    return lambda z, logsnr: to_x(network(z, logsnr.to(z.dtype), cond).to(z.dtype), z, logsnr, param)
+    return lambda z, logsnr: to_x(network(z, logsnr.to(z), cond).to(z), z, logsnr, param)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

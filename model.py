@@ -98,7 +98,6 @@ class Attention(nn.Module):
 
     def forward(self, x, T):
         H, W = x.shape[-2:]
-        tokens = "(b t) (h w)" if self.axis == "space" else "(b h w) t"
         tokens = {"space": "(b t) (h w)", "time": "(b h w) t"}[self.axis]
         qkv = self.qkv(rearrange(self.norm(x), f"(b t) c h w -> {tokens} c", t=T))
         q, k, v = rearrange(qkv, "n l (three heads d) -> three n heads l d", three=3, heads=self.heads)
@@ -173,8 +172,13 @@ class UNet(nn.Module):
         h = rearrange(z, "b c t h w -> (b t) c h w")
         if pad_y:
             h = F.pad(h, (0, 0, 0, pad_y), mode="replicate")
-        if pad_x:  # wrapped columns if longitude is periodic (a repeated overlap when W is not a multiple)
-            h = F.pad(h, (0, pad_x, 0, 0), mode="circular" if c.wrap_x else "replicate")
+        left = 0
+        if pad_x and c.wrap_x:  # real neighbours on both sides; the seam lies in what is cropped
+            pad_x += multiple
+            left = pad_x // 2
+            h = h[..., torch.arange(-left, W + pad_x - left, device=h.device) % W]
+        elif pad_x:
+            h = F.pad(h, (0, pad_x, 0, 0), mode="replicate")
         h = F.pixel_unshuffle(h, c.patch).contiguous(memory_format=torch.channels_last)
         h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
         films = iter([f.repeat_interleave(T, 0)[:, :, None, None].to(h.dtype) for f in self.conditioning(logsnr)])
@@ -197,4 +201,4 @@ class UNet(nn.Module):
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
         h = F.pixel_shuffle(self.out(norm_act(h, self.norm)), c.patch)
-        return rearrange(h[:, :, :H, :W], "(b t) c h w -> b c t h w", t=T)
+        return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()

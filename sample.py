@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +32,11 @@ num_samples = 64  # clips to generate
 batch_size = 32  # clips at a time; does not change the result
 steps = 256  # sampler steps
 sampler = "ancestral"  # ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
-spacing = "auto"  # log-SNRs even in: density (trained on), time (of the schedule), logsnr, rho (EDM); auto: density, but logsnr for sde, ode, langevin
+spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
 variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
 churn = 0.0  # of heun: relative noise added before a step
-corrections = 1  # of pc and langevin: Langevin steps per level
+corrections = 0  # of pc and langevin: Langevin steps per level; 0 is 1 for pc, 10 for langevin
 snr = 0.16  # of pc and langevin: signal-to-noise ratio of a Langevin step
 clip = "auto"  # clamp x_hat to the range of the training data: auto (for eps and score, which divide by alpha), true, false
 task = "generate"  # generate; edit (noise fields to edit_logsnr and denoise: SDEdit); encode (to latents and back); morph (between two fields)
@@ -50,19 +51,20 @@ verify = True  # compare with held-out clips: verify.json, verify.png
 dry = 0.01  # a variable with a floor (rain) is dry up to this much above it, in its units
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHOICES = {"task": ("generate", "edit", "encode", "morph"), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "density", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
+CHOICES = {"task": ("generate", "edit", "encode", "morph"), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
 
 
 def check(c):
     for name in ("num_samples", "batch_size", "steps"):
         require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
     require(0 <= c.eta <= 1 and 0 <= c.variance <= 1, "--eta and --variance must lie in [0, 1]")
-    require(c.churn >= 0 and c.corrections >= 1 and c.snr > 0 and c.seed >= 0, "--churn and --seed must not be negative, --corrections at least 1, --snr positive")
+    require(c.churn >= 0 and c.corrections >= 0 and c.snr > 0 and c.seed >= 0, "--churn, --seed and --corrections must not be negative, --snr must be positive")
     require(c.task not in ("encode", "morph") or (c.sampler in ("ode", "ddim", "heun", "dpmpp") and c.eta == c.churn == 0), f"--task={c.task} needs a deterministic sampler: --sampler=ode (or heun, dpmpp, ddim)")
     require(not c.input or c.task != "generate", "--input belongs to --task=edit, encode or morph")
     require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
-    for name, default, samplers in (("eta", 0.0, ("ddim",)), ("variance", 0.0, ("ancestral",)), ("churn", 0.0, ("heun",))):
-        require(getattr(c, name) == default or c.sampler in samplers, f"--{name} belongs to --sampler={samplers[0]}, not {c.sampler}")
+    for name, default, samplers in (("eta", 0.0, ("ddim",)), ("variance", 0.0, ("ancestral",)), ("churn", 0.0, ("heun",)), ("corrections", 0, ("pc", "langevin")), ("snr", 0.16, ("pc", "langevin"))):
+        require(getattr(c, name) == default or c.sampler in samplers, f"--{name} belongs to --sampler={' or '.join(samplers)}, not {c.sampler}")
+    require(c.edit_logsnr == -2 or c.task == "edit", "--edit_logsnr belongs to --task=edit")
 
 
 def given_clips(c, settings, meta, count):
@@ -77,33 +79,38 @@ def given_clips(c, settings, meta, count):
 
 def encode(denoise, x, grid):
     """The latents of fields x (B, ...): the probability-flow ODE run from data to noise through the grid. (B, ...)"""
-    *_, (latent, _) = diffusion.sample(denoise, x, grid[:-1].flip(0), diffusion.ode)
+    z = diffusion.diffuse(x, grid[-2:-1], torch.zeros_like(x))
+    *_, (latent, _) = diffusion.sample(denoise, z, grid[:-1].flip(0), diffusion.ode)
     return latent
 
 
 def make_step(c):
     """The sampler's step function with its options."""
     options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "heun": {"churn": c.churn}}
-    options |= {name: {"num_corrections": c.corrections, "snr": c.snr} for name in ("pc", "langevin")}
+    options |= {name: {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {}) for name in ("pc", "langevin")}
     return partial(diffusion.SAMPLERS[c.sampler], **options.get(c.sampler, {}))
 
 
 def make_grid(c, settings, meta):
-    """The log-SNRs to visit, (steps + 1,)."""
-    spacing = c.spacing
-    if spacing == "auto":
-        spacing = "logsnr" if c.sampler in ("sde", "ode", "langevin") else "density"
-    if spacing in ("density", "time"):
-        levels = train.levels(settings, meta, settings.density if spacing == "density" else "schedule")
-    else:
-        levels = spacing, settings.logsnr_min, settings.logsnr_max
-    grid = diffusion.sampling_grid(c.steps, *levels)
+    """The log-SNRs to visit, (steps + 1,).
+
+    Outside the range where modes emerge, widened by 5, a step changes nothing; a grid even in log-SNR inside it gives
+    every mode the same number of steps, where one even in time of a +-30 cosine starves the mean of the field.
+    """
+    name, lo, hi, *rest = train.levels(settings, meta)
+    if c.spacing in ("auto", "rho"):
+        ends = diffusion.logsnr_schedule([1.0, 0.0], name, lo, hi, *rest) if name == "ddpm" or name == "linear" else (lo, hi)
+        first, last = diffusion.spectrum_range(meta["modes"], margin=5.0)
+        lo, hi = max(first, float(ends[0])), min(last, float(ends[1]))
+    name, rest = {"auto": ("logsnr", []), "logsnr": ("logsnr", []), "rho": ("rho", []), "time": (name, rest)}[c.spacing]
+    grid = diffusion.sampling_grid(c.steps, name, lo, hi, *rest)
     if c.task == "edit":
         require(grid[0] <= c.edit_logsnr <= grid[-2], f"--edit_logsnr={c.edit_logsnr} lies outside the grid of log-SNR from {grid[0]:.1f} to {grid[-2]:.1f}")
         grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
     if c.sampler in ("sde", "langevin"):  # explicit in log-SNR, or nothing but Langevin steps between levels
-        widest = float(grid[:-1].diff().max()) if c.steps > 1 else math.inf
-        require(widest < 2, f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f}): use more --steps, at least {math.ceil((grid[-2] - grid[0]) / 2) + 1 if c.steps > 1 else 32} with --spacing=logsnr")
+        widest = float(grid[:-1].diff().max()) if len(grid) > 2 else math.inf
+        need = f"at least {math.floor((hi - lo) / 2) + 2} --steps" if c.spacing in ("auto", "logsnr") else "--spacing=auto"
+        require(widest < 2, f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f}): use {need}")
     return grid
 
 
@@ -115,8 +122,9 @@ def generators(seed, indices):
 
 def fingerprint(c, path):
     """Names a set of samples by what they depend on: the checkpoint and the settings, not the batch size or the machine."""
-    free = ("batch_size", "device", "dtype", "compile", "verify", "theory", "dry", *(["num_samples"] if c.task == "generate" else []))
-    text = json.dumps({k: v for k, v in vars(c).items() if k not in free}, sort_keys=True)
+    free = ("batch_size", "device", "compile", "verify", "theory", "dry", *(["num_samples"] if c.task == "generate" else []))
+    stamp = [Path(c.input).stat().st_mtime_ns] if c.input else []
+    text = json.dumps([{k: v for k, v in vars(c).items() if k not in free}, stamp], sort_keys=True)
     return hashlib.sha256(path.read_bytes() + text.encode()).hexdigest()[:12]
 
 
@@ -299,12 +307,14 @@ def verification_picture(path, result, samples, truth, meta, channel):
     a, b = result["autocorrelation"]
     lags = np.arange(len(a)) * meta["step_hours"]
     plot(image, box(3), "autocorrelation", "lag, hours", [("held-out", lags, b, FIRST, False), ("samples", lags, a, SECOND, True)])
-    mean = oriented(samples.mean((0, 1)), meta)
-    both = np.stack([mean, oriented(truth.mean((0, 1)), meta)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # cells without any data
+        mean, both = oriented(np.nanmean(samples, (0, 1)), meta), np.stack([np.nanmean(a, (0, 1)) for a in (samples, truth)])
     scale = (0.0, float(np.nanmax(both)) or 1.0, RAIN, 1.0) if floor == 0 else scale_of(both, floor)
     panel_map(image, box(4), "mean of the samples", mean, scale, units)
     bias = oriented(np.array(result["bias_map"], dtype=float), meta)
-    reach = float(np.nanquantile(np.abs(bias), 0.99)) or 1.0
+    reach = float(np.nanquantile(np.abs(bias), 0.99)) if np.isfinite(bias).any() else 1.0
+    reach = reach or 1.0
     panel_map(image, box(5), "relative bias of the mean" if floor == 0 else "bias of the mean / std", bias, (-reach, reach, DIVERGING, 1.0), "")
     with data.replacing(path) as f:
         image.save(f, "PNG")
@@ -371,7 +381,7 @@ def main(argv=None):
     c = train.configure(__file__, argv, CHOICES)
     check(c)
     out = Path(c.out_dir)
-    rank, world = train.start_ranks()
+    rank, world = train.start_ranks(c)
     device, amp, compiled = train.pick_device(c)
     checkpoint = train.load_checkpoint(out / "ckpt.pt")
     settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]

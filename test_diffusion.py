@@ -91,7 +91,7 @@ def test_schedule_against_extended_precision(name):
         assert abs(l[-1] + 10.05) < 0.01
     elif name == "ddpm":
         abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000, dtype=np.longdouble))
-        expected = np.log(abar / (1 - abar))[np.maximum(np.ceil(t * 1000).astype(int) - 1, 0)]
+        expected = np.log(abar / (1 - abar))[np.maximum(2 * np.arange(501) - 1, 0)]  # t = i / 500 is z_{2 i}
     elif name == "normal":  # quantiles: the CDF of the result is uniform again
         from statistics import NormalDist
 
@@ -362,6 +362,23 @@ def test_table_of_convergence(capsys):
             assert errors[-1] < errors[0]
 
 
+def test_default_grid_gives_every_mode_its_variance():
+    """sample.py's own grid and samplers, with the exact denoiser of a spectrum like that of the built-in weather."""
+    w = f64([900.0, 30.0, 1.0, 0.03, 5e-4])
+    settings = train.SimpleNamespace(schedule="spectrum", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0)
+    for line, tolerance in (("--sampler=ancestral --steps=256", 0.06), ("--sampler=dpmpp --steps=32", 0.03), ("--sampler=dpmpp_sde --steps=64", 0.03), ("--sampler=heun --steps=64", 0.03),
+                            ("--sampler=heun --steps=64 --churn=0.01", 0.03), ("--sampler=ode --steps=24", 0.02), ("--sampler=ddim --steps=512", 0.06), ("--sampler=sde --steps=512", 0.05)):  # fmt: skip
+        c = train.configure(sample.__file__, line.split(), sample.CHOICES)
+        grid, step = sample.make_grid(c, settings, {"modes": w}), sample.make_step(c)
+        for v in w.tolist():
+            assert variance_of(step, grid, v) == pytest.approx(v, rel=tolerance), line
+    torch.manual_seed(0)
+    for line in ("--sampler=langevin --steps=256", "--sampler=pc --steps=256"):
+        c = train.configure(sample.__file__, line.split(), sample.CHOICES)
+        *_, (z, _) = D.sample(gaussian_denoiser(w), torch.randn(4000, 5, dtype=torch.float64), sample.make_grid(c, settings, {"modes": w}), sample.make_step(c))
+        assert (z.var(0) / w - 1).abs().max() < 0.4, line  # Langevin steps of this size are over-dispersed by a third
+
+
 def test_update_is_the_textbook_ddpm_posterior():
     beta = np.linspace(1e-4, 0.02, 1000)
     abar = np.cumprod(1 - beta)
@@ -583,6 +600,20 @@ def test_periodic_longitude_commutes_with_rotation():
 
 
 @torch.no_grad()
+def test_position_matters_and_wrapped_fields_have_no_seam():
+    net = small_unet()
+    z, l = torch.zeros(1, 1, 2, 8, 8), torch.zeros(1)
+    centre = net(z, l)[0, 0, 0, 4:, 4:]
+    net.position.weight.zero_()
+    assert (net(z, l)[0, 0, 0, 4:, 4:] - centre).abs().max() > 1e-3
+    net = small_unet(wrap_x=True, mults=(1,))  # 10 columns, not a multiple of the patch of 4
+    net.position.weight.zero_(), [a.out.weight.zero_() for a in net.attention]
+    z = torch.zeros(1, 1, 1, 8, 10)
+    z[..., 9] = 1.0  # seen from the first column, across the edge
+    assert (net(z, l) - net(0 * z, l))[..., 0].abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_time_attention_depends_on_differences():
     q, k = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
     score = model.rotary(q) @ model.rotary(k).mT
@@ -615,8 +646,6 @@ def small_builtin(monkeypatch, tmp_path, kind="climate", size=8, seasons=8, hour
 
 def test_builtin_gaussian_has_its_covariance(monkeypatch, tmp_path):
     c = small_builtin(monkeypatch, tmp_path, "gaussian", 6, 240, 40)
-    x = c.frames(0, len(c)).reshape(240, 40, 6, 6)[:, ::10].reshape(-1, 36)  # single frames
-    clips = c.frames(0, len(c)).reshape(240 * 5, 8 * 36)
     exact = data.gaussian_covariance(8, 6).numpy()
     np.testing.assert_allclose(np.diag(exact), 1, atol=1e-12)
     assert np.linalg.eigvalsh(exact).min() > 0
@@ -688,6 +717,24 @@ def test_transforms_invert_exactly(name):
     assert mask.all() and training.isfinite().all()
 
 
+@pytest.mark.parametrize("name", data.TRANSFORMS)
+def test_change_of_variables_is_the_slope_of_the_transform(name):
+    x = np.array([-3.0, -0.5, 0.2, 4.0]).reshape(4, 1, 1, 1, 1)
+    fitted, h = [{"name": name, "scale": 0.7, "floor": None, "mean": 0.3, "std": 1.7}], 1e-5
+    y = lambda x: (data.TRANSFORMS[name][0](x, 0.7) - 0.3) / 1.7
+    slope = (y(x + h) - y(x - h)) / (2 * h)
+    np.testing.assert_allclose(data.log_slope(x, fitted).numpy(), np.log(slope).ravel(), atol=1e-6)
+
+
+def test_mode_variances_are_those_of_the_law(monkeypatch, tmp_path):
+    c = small_builtin(monkeypatch, tmp_path, "gaussian", 6, 240, 40)
+    plain = [{"name": "none", "scale": 1.0, "floor": None, "mean": 0.0, "std": 1.0}]
+    got = train.mode_variances(c, np.arange(240) * 40, train.SimpleNamespace(frames=8), plain)
+    M = D.to_modes(torch.eye(8 * 36, dtype=torch.float64).reshape(-1, 1, 8, 6, 6)).flatten(1)  # rows: cells, columns: modes
+    exact = (M.T @ data.gaussian_covariance(8, 6) @ M).diagonal().reshape(1, 8, 6, 6)
+    assert (got / exact - 1).abs().max() < 5.5 * math.sqrt(2 / 240) and abs((got / exact).mean() - 1) < 0.03
+
+
 def test_rain_gets_a_cube_root_and_a_floor_and_nan_a_mask():
     rng = np.random.default_rng(0)
     rain = np.maximum(rng.standard_normal((50, 4, 4)) - 1, 0).astype(np.float32)
@@ -699,7 +746,8 @@ def test_rain_gets_a_cube_root_and_a_floor_and_nan_a_mask():
     assert [f["name"] for f in fitted] == ["cbrt", "none"] and fitted[0]["floor"] == 0 and fitted[1]["floor"] is None
     y, mask = data.normalise(data.clips(c, [0], 4), fitted)
     assert y.isfinite().all() and mask[0, 0, :, 0, 0].sum() == 0 and mask[0, 1, 3, 1, 1] == 0 and mask.sum() == 2 * 4 * 16 - 5
-    valid = data.valid_cells(c, np.arange(50))
+    valid, missing = data.valid_cells(c, np.arange(50))
+    assert missing
     assert valid[0, 0, 0, 0] == 0 and valid.sum() == 31
     back = data.denormalise(y - 9.0, fitted, valid)
     assert (back[0, 0][:, 1:] == 0).all() and np.isnan(back[0, 0, :, 0, 0]).all()  # never below the floor, NaN restored
@@ -849,13 +897,63 @@ def test_resume_is_bit_identical(field, tmp_path):
     assert strip(log) == strip(log2) and [l["iter"] for l in log] == [1, 2, 3, 4, 5, 6]
 
 
+def test_learning_rate_and_averages(field, tmp_path):
+    c = train.SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=9, max_iters=109)
+    assert [train.learning_rate_at(i, c) for i in (0, 4, 9, 59, 109)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
+    weights = []
+    for n in (1, 2, 3):
+        train.main([*field, "--max_iters=3", f"--eval_interval={n}", "--warmup_iters=0", "--learning_rate=0.01"])
+        weights.append(torch.load(tmp_path / f"out/ckpt{'.prev' if n < 3 else ''}.pt", weights_only=True))
+    assert [w["step"] for w in weights] == [2, 2, 3]
+    two, three = weights[1:]
+    key = "stem.weight"  # after n updates the average keeps (1 + n) / (10 + n) of itself
+    torch.testing.assert_close(three["ema"][key], three["model"][key].lerp(two["ema"][key], 3 / 12))
+    assert (three["ema"][key] - three["model"][key]).abs().max() > 1e-6
+    assert torch.equal(train.build(three, "cpu").stem.weight, three["ema"][key])
+
+
+def test_log_carries_over_a_resume_between_its_lines(field, tmp_path):
+    train.main([*field, "--max_iters=6", "--log_interval=4", "--eval_interval=6"])
+    whole = (tmp_path / "out/log.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "out")
+    honest = train.learning_rate_at
+    train.learning_rate_at = lambda step, c: (step == 2 and os.kill(os.getpid(), signal.SIGTERM), honest(step, c))[1]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*field, "--max_iters=6", "--log_interval=4", "--eval_interval=6"])
+    train.learning_rate_at = honest
+    assert stop.value.code == 143 and train.load_checkpoint(tmp_path / "out/ckpt.pt")["step"] == 3
+    train.main([f"--out_dir={tmp_path}/out", "--init_from=resume"])
+    loss = lambda lines: [json.loads(l)["loss"] for l in lines]
+    assert loss((tmp_path / "out/log.jsonl").read_text().splitlines()) == loss(whole)
+
+
+def test_samples_go_on_where_they_stopped(field, tmp_path):
+    train.main([*field, "--max_iters=2"])
+    args = [f"--out_dir={tmp_path}/out", "--steps=4", "--num_samples=3", "--verify=false", "--device=cpu", "--dtype=float32"]
+    marks = {}
+    for seed, name in ((0, "same"), (1, "other")):
+        c = train.configure(sample.__file__, [*args, "--seed=0"], sample.CHOICES)
+        parts = tmp_path / f"out/samples/parts-{sample.fingerprint(c, tmp_path / 'out/ckpt.pt')}"
+        parts.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.full((1, 4, 9, 10), 0.25), parts / "000001.pt")  # a part of the run with seed 0
+        sample.main([*args, f"--seed={seed}"])
+        marks[name] = np.ptp(np.load(tmp_path / "out/samples/samples.npz")["samples"][1]) < 1e-6
+    assert marks == {"same": True, "other": False}
+
+
+def test_pictures_have_north_up():
+    x = np.arange(6.0).reshape(3, 2)
+    meta = lambda y: {"dims": ["y", "x"], "coords": {"y": {"values": y}}}
+    assert (sample.oriented(x, meta([0, 1, 2])) == x[::-1]).all() and (sample.oriented(x, meta([2, 1, 0])) == x).all()
+
+
 @pytest.mark.parametrize("settings,options", [
-    (["--param=v"], ["--sampler=dpmpp"]), (["--param=eps", "--schedule=linear", "--density=schedule"], ["--sampler=ddim", "--eta=0.5"]),
-    (["--param=x", "--schedule=flow", "--weighting=min_snr", "--density=schedule"], ["--sampler=heun", "--churn=0.1"]),
-    (["--param=score", "--schedule=ddpm", "--density=schedule"], ["--sampler=dpmpp_sde"]), (["--schedule=normal", "--density=schedule", "--weighting=sigmoid", "--linear_skip=false"], ["--sampler=pc"]),
-    (["--schedule=logsnr", "--weighting=elbo", "--logsnr_min=-6", "--logsnr_max=6", "--density=schedule"], ["--sampler=sde"]),
-    (["--schedule=rho", "--density=schedule", "--weighting=truncated_snr", "--loss_power=1"], ["--sampler=langevin", "--steps=40"]),
-    (["--weighting=elbo", "--gradient_accumulation_steps=2"], ["--sampler=ode"]), (["--weighting=eps"], ["--sampler=ancestral", "--variance=0.5", "--spacing=time"]),
+    (["--param=v"], ["--sampler=dpmpp"]), (["--param=eps", "--schedule=linear"], ["--sampler=ddim", "--eta=0.5"]),
+    (["--param=x", "--schedule=flow", "--weighting=min_snr"], ["--sampler=heun", "--churn=0.1"]),
+    (["--param=score", "--schedule=ddpm"], ["--sampler=dpmpp_sde"]), (["--schedule=normal", "--weighting=sigmoid", "--linear_skip=false"], ["--sampler=pc"]),
+    (["--schedule=logsnr", "--weighting=elbo", "--logsnr_min=-6", "--logsnr_max=6"], ["--sampler=sde"]),
+    (["--schedule=rho", "--weighting=truncated_snr", "--loss_power=1"], ["--sampler=langevin", "--steps=40"]),
+    (["--weighting=elbo", "--schedule=spectrum", "--gradient_accumulation_steps=2"], ["--sampler=ode"]), (["--weighting=eps"], ["--sampler=ancestral", "--variance=0.5", "--spacing=time"]),
 ])  # fmt: skip
 def test_train_and_sample_from_the_command_line(field, tmp_path, settings, options):
     train.main([*field, "--max_iters=2", *settings])
@@ -963,7 +1061,7 @@ def bad(script, line, message):
     bad(train, "--max_iters=0", "at least 1"), bad(train, "--eval_interval=0", "at least 1"), bad(train, "--log_interval=0", "at least 1"), bad(train, "--blocks=0", "at least 1"), bad(train, "--patch=0", "at least 1"),
     bad(train, "--gradient_accumulation_steps=0", "at least 1"), bad(train, "--warmup_iters=-1", "negative"), bad(train, "--weight_decay=-1", "negative"), bad(train, "--seed=-1", "negative"),
     bad(train, "--ema_decay=1", "--ema_decay"), bad(train, "--beta2=1", "--beta2"), bad(train, "--width=20", "multiple of 16"), bad(train, "--mults=1,x", "whole numbers"), bad(train, "--mults=0", "whole numbers"),
-    bad(train, "--schedule=ddpm --density=schedule --weighting=elbo", "discrete chain"), bad(train, "--device=tpu", "not available"), bad(train, "--device=cuda:77", "not available"),
+    bad(train, "--shard=true", "torchrun"), bad(train, "--schedule=ddpm --weighting=elbo", "discrete chain"), bad(train, "--device=tpu", "not available"), bad(train, "--device=cuda:77", "not available"),
     # data
     bad(train, "--dataset=nowhere", "neither"), bad(train, "--dataset=good.npy --variables=u", "no field 'u'"), bad(train, "--dataset=good.npz --variables=u", "no field 'u'"), bad(train, "--dataset=flat.npy", "no array of shape"),
     bad(train, "--dataset=five.npy", "no array of shape"), bad(train, "--dataset=words.npy", "no array of shape"), bad(train, "--dataset=complex.npy", "no array of shape"), bad(train, "--dataset=no_field.npz", "no array of shape"),
@@ -979,7 +1077,7 @@ def bad(script, line, message):
     # settings of sample.py
     bad(sample, "--steps=0", "at least 1"), bad(sample, "--num_samples=0", "at least 1"), bad(sample, "--batch_size=-1", "at least 1"), bad(sample, "--sampler=euler", "invalid choice"), bad(sample, "--spacing=cosine", "invalid choice"),
     bad(sample, "--eta=2", "[0, 1]"), bad(sample, "--variance=-1", "[0, 1]"), bad(sample, "--sampler=ddim --churn=1", "belongs to"), bad(sample, "--sampler=dpmpp --eta=0.5", "belongs to"), bad(sample, "--churn=-1", "negative"),
-    bad(sample, "--snr=0", "positive"), bad(sample, "--corrections=0", "at least 1"), bad(sample, "--seed=-2", "negative"), bad(sample, "--out_dir=ok --sampler=sde --steps=9", "unstable"), bad(sample, "--out_dir=ok --sampler=langevin --steps=9", "unstable"),
+    bad(sample, "--snr=0", "positive"), bad(sample, "--corrections=-1", "negative"), bad(sample, "--snr=0.2", "belongs to"), bad(sample, "--edit_logsnr=1", "belongs to"), bad(train, "--shift=0.5", "means nothing"), bad(sample, "--seed=-2", "negative"), bad(sample, "--out_dir=ok --sampler=sde --steps=3", "unstable"), bad(sample, "--out_dir=ok --sampler=langevin --steps=3", "unstable"),
     bad(sample, "--task=paint", "invalid choice"), bad(sample, "--task=encode --sampler=ancestral", "deterministic"), bad(sample, "--input=good.npy", "belongs to"), bad(sample, "--task=morph --sampler=ode --num_samples=1", "at least 2"),
     bad(sample, "--out_dir=ok --task=edit --edit_logsnr=50", "outside the grid"), bad(sample, "--out_dir=ok --task=edit --input=nowhere", "neither"), bad(sample, "--out_dir=ok --task=edit --input=other_grid.npy", "the checkpoint needs"),
 ])  # fmt: skip
@@ -1086,11 +1184,6 @@ def test_killed_at_any_moment_and_resumed_is_identical(field, tmp_path):
         assert not list((tmp_path / "whole/samples").glob("parts-*"))
 
 
-def test_sigterm_writes_a_checkpoint_and_says_so(field, tmp_path):
-    code = in_a_fork(train.main, [*field, "--max_iters=100000"], after=3.0, number=signal.SIGTERM)
-    assert code == 143 and train.load_checkpoint(tmp_path / "out/ckpt.pt")["step"] > 0
-
-
 def test_a_full_disk_loses_nothing(field, tmp_path, monkeypatch):
     """A limit on the size of files stands for the full disk: checkpoint, built-in data, samples."""
     out = tmp_path / "out"
@@ -1128,10 +1221,16 @@ def test_ranks_agree_with_one_process(field, tmp_path):
         shutil.copy(mix / "ckpt.prev.pt", mix / "ckpt.pt")
         assert torch.load(mix / "ckpt.pt", weights_only=True)["step"] == reached
         launch(ranks, "train.py", f"--out_dir={mix}", "--init_from=resume", "--eval_interval=1")
-    one, two, mixed = (torch.load(tmp_path / f / "ckpt.pt", weights_only=True) for f in ("one", "two", "mix"))
-    for k in one["model"]:
-        torch.testing.assert_close(one["model"][k], two["model"][k], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(one["model"][k], mixed["model"][k], rtol=1e-5, atol=1e-6)
+    shards = tmp_path / "shards"  # FSDP2 on two ranks to step 6, then one process
+    launch(2, "train.py", *args, f"--out_dir={shards}", "--max_iters=9", "--shard=true")
+    sharded = torch.load(shards / "ckpt.pt", weights_only=True)
+    shutil.copy(shards / "ckpt.prev.pt", shards / "ckpt.pt")
+    launch(1, "train.py", f"--out_dir={shards}", "--init_from=resume", "--shard=false")
+    one, *others = (torch.load(tmp_path / f / "ckpt.pt", weights_only=True) for f in ("one", "two", "mix", "shards"))
+    for other in (*others, sharded):
+        for part in ("model", "ema"):
+            for k, v in one[part].items():
+                torch.testing.assert_close(v, other[part][k], rtol=1e-5, atol=1e-5)
     draw = ["--steps=4", "--num_samples=5", "--verify=false", "--device=cpu", "--dtype=float32", f"--out_dir={tmp_path}/one"]
     drawn = []
     for ranks in (1, 2):

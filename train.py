@@ -26,6 +26,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -54,11 +57,10 @@ wrap_x = "auto"  # periodic longitude: auto (from the coordinates), true, false
 # diffusion
 param = "v"  # what the network predicts: v, eps, x, score
 linear_skip = True  # the network adds to the linear denoiser that the data's spectrum gives; false: learns all of it
-schedule = "cosine"  # cosine, linear, logsnr, flow, normal, rho, ddpm
+schedule = "spectrum"  # log-SNRs trained on: spectrum (covers the data's modes), cosine, linear, logsnr, flow, normal, rho, ddpm
 logsnr_min = -30.0  # truncation of the schedule: pure noise
 logsnr_max = 30.0  # truncation of the schedule: data
-shift = 1.0  # adds 2 log(shift) to the log-SNR of the schedule
-density = "spectrum"  # log-SNRs trained on: spectrum (a normal density that covers the data's modes) or schedule
+shift = 1.0  # adds 2 log(shift) to the log-SNR of cosine, linear, flow, normal; below 1 trains more on noise (large fields)
 weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, sigmoid, elbo
 loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
@@ -85,13 +87,15 @@ seed = 0  # of weights, batches, times and noise, and of the built-in data
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16 (autocast)
 compile = "auto"  # torch.compile: auto (on CUDA), true, false
+shard = False  # with torchrun: spread weights, averages and optimiser over the ranks (FSDP2), for models that fit no single one
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOICES = {
-    "init_from": ("scratch", "resume"), "density": ("spectrum", "schedule"), "param": tuple(diffusion.PARAMS), "schedule": diffusion.SCHEDULES, "weighting": ("auto", *diffusion.WEIGHTINGS),
+    "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
 FORMAT = 1  # of checkpoints
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 
 
@@ -144,7 +148,8 @@ def check(c):
     require(max(-c.logsnr_min, c.logsnr_max) <= 60, "log-SNR beyond +-60 leaves the range of float32")
     require(c.shift > 0 and c.learning_rate > 0, "--shift and --learning_rate must be positive")
     require(0 <= c.ema_decay < 1 and 0 < c.beta2 < 1, "--ema_decay must lie in [0, 1), --beta2 in (0, 1)")
-    require(c.schedule != "ddpm" or c.density != "schedule" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
+    require(c.schedule != "ddpm" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
+    require(c.shift == 1 or c.schedule in ("cosine", "linear", "flow", "normal"), f"--shift means nothing for --schedule={c.schedule}: use cosine, linear, flow or normal")
 
 
 def pick_device(c):
@@ -194,11 +199,11 @@ def mode_variances(climate, starts, c, transform):
 # checkpoints: tensors and plain values only
 
 
-def describe(climate, c, transform, valid):
+def describe(climate, transform, valid, masked):
     """What sample.py must know of the data: names, units, coordinates, transform, valid cells, time step."""
     coords = {k: {**v, "values": torch.as_tensor(np.array(v["values"]))} for k, v in climate.coords.items()}
     return {"names": climate.names, "attrs": climate.attrs, "dims": list(climate.dims), "coords": coords, "size": list(climate.size), "step_hours": climate.step_hours,
-            "calendar": climate.calendar, "transform": transform, "valid": torch.from_numpy(valid), "masked": bool((valid == 0).any())}  # fmt: skip
+            "calendar": climate.calendar, "transform": transform, "valid": torch.from_numpy(valid), "masked": bool(masked)}  # fmt: skip
 
 
 def save_checkpoint(path, checkpoint):
@@ -247,9 +252,9 @@ def build(checkpoint, device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def levels(c, meta, density):
-    """The arguments of diffusion.logsnr_schedule for the density (spectrum) or the schedule of a run."""
-    if density == "spectrum":
+def levels(c, meta):
+    """The arguments of diffusion.logsnr_schedule for a run: its schedule, or the normal density that covers the spectrum."""
+    if c.schedule == "spectrum":
         return "normal", c.logsnr_min, c.logsnr_max, 1.0, diffusion.spectrum_normal(meta["modes"])
     return c.schedule, c.logsnr_min, c.logsnr_max, c.shift
 
@@ -260,19 +265,18 @@ def micro_batch(climate, starts, c, meta, device, stream):
     x, mask = data.normalise(physical, meta["transform"])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
     t = diffusion.stratified_times(c.batch_size, generator)
-    logsnr = diffusion.logsnr_schedule(t, *levels(c, meta, c.density))
+    logsnr = diffusion.logsnr_schedule(t, *levels(c, meta))
     eps = torch.randn(x.shape, generator=generator)
-    if device.type == "cuda":
-        x, mask, eps = x.pin_memory(), mask.pin_memory(), eps.pin_memory()
-    x, mask, eps = (a.to(device, non_blocking=True) for a in (x, mask, eps))
-    return x, mask if meta["masked"] else None, logsnr, eps, physical
+    move = lambda a: a.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a.to(device)
+    x, mask, eps = move(x), None if mask.all() and not meta["masked"] else move(mask), move(eps)
+    return x, mask, logsnr, eps, physical
 
 
 def batch_loss(run, c, meta, x, mask, logsnr, eps):
-    """Weighted loss (B,) and squared v-error (B,) of one micro-batch; the mask is also the network's last channels."""
+    """Weighted loss (B,) and squared v-error (B,) of one micro-batch; of masked data the mask is also a network input."""
     weighting = {"score": "eps"}.get(c.param, c.param) if c.weighting == "auto" else c.weighting
-    log_p = diffusion.log_density(logsnr, *levels(c, meta, c.density)) if weighting in ("elbo", "sigmoid") else None
-    return diffusion.training_loss(run, x, logsnr, eps, c.param, weighting, log_p, mask, mask, c.loss_power)
+    log_p = diffusion.log_density(logsnr, *levels(c, meta)) if weighting in ("elbo", "sigmoid") else None
+    return diffusion.training_loss(run, x, logsnr, eps, c.param, weighting, log_p, mask, mask if meta["masked"] else None, c.loss_power)
 
 
 def by_bin(logsnrs, v_errors):
@@ -296,18 +300,18 @@ def evaluate(network, climate, starts, c, meta, device, dtype):
 
 @torch.no_grad()
 def likelihood(network, climate, starts, c, meta, device):
-    """Held-out likelihoods in float32: {"dim": entries per clip, name: (nats per entry, standard error)}.
+    """Held-out negative log-likelihoods in float32: {name: (nats per entry, standard error)}.
 
     The bounds average over eval_iters batches, the probability-flow ODE over ode_clips clips with one Hutchinson probe
     each. 'physical' rows include the transform's change of variables; rain, with its atom at 0, has no such density.
     """
     run, lo, hi = run_network(network.eval(), device, torch.float32, c, meta), c.logsnr_min, c.logsnr_max
     grid = torch.linspace(lo, hi, c.bound_steps + 1, dtype=torch.float64)
-    rows, logs = {}, []
+    rows = {}
     for i in range(c.eval_iters):
         x, mask, _, eps, physical = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
         t = diffusion.stratified_times(len(x), torch.Generator().manual_seed(i))
-        denoise = diffusion.make_denoiser(run, c.param, mask)
+        denoise = diffusion.make_denoiser(run, c.param, mask if meta["masked"] else None)
         dim = torch.full((len(x),), float(x[0].numel())) if mask is None else mask.cpu().flatten(1).sum(1)
         slope = data.log_slope(physical, meta["transform"])
         prior = diffusion.prior_kl(x.cpu(), lo, None if mask is None else mask.cpu())
@@ -344,7 +348,7 @@ def learning_rate_at(step, c):
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-FIXED = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "density", "seed")
+FIXED = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
 
 
 def logged_until(line, step):
@@ -388,14 +392,24 @@ def print_likelihood(step, val_loss, bins, rows, C, meta):
         print("  (of the transformed field: a variable with an atom at its floor has no density in its own units)")
 
 
-def start_ranks():
+def start_ranks(c):
     """(rank, world size) as torchrun set them, (0, 1) without it; joins the process group (nccl on CUDA, else gloo)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
+        cuda = c.device in ("auto", "cuda") and torch.cuda.is_available()
+        if cuda:
+            require(int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count(), f"this machine has {torch.cuda.device_count()} GPUs: use a --nproc_per_node of at most that, or --device=cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
     return int(os.environ.get("RANK", 0)), world
+
+
+def spread(network, device, world):
+    """Shard a network over the ranks block by block (FSDP2, which wants contiguous weights)."""
+    network.to(memory_format=torch.contiguous_format)
+    mesh = dist.init_device_mesh(device.type, (world,))
+    for module in [*network.down, *network.middle, *network.up, network]:
+        fully_shard(module, mesh=mesh)
 
 
 def gather(entries, world):
@@ -421,9 +435,7 @@ def prepare(c, checkpoint, rank):
         require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{c.dataset} no longer has the variables and grid that the checkpoint was trained on")
         return climate, train_starts, test_starts, meta
     fitted = data.fit_transform(climate, train_starts, c.frames, c.transform)
-    meta = describe(climate, c, fitted, data.valid_cells(climate, data.covered_frames(train_starts, c.frames)))
-    look = data.clips(climate, train_starts[:: max(1, len(train_starts) // 50)], c.frames)
-    meta["masked"] = meta["masked"] or bool(np.isnan(look).any())
+    meta = describe(climate, fitted, *data.valid_cells(climate, data.covered_frames(train_starts, c.frames)))
     meta["modes"] = mode_variances(climate, train_starts, c, fitted)
     return climate, train_starts, test_starts, meta
 
@@ -436,7 +448,8 @@ def main(argv=None):
     if checkpoint:
         inherit(c, checkpoint["settings"], argv)
     check(c)
-    rank, world = start_ranks()
+    rank, world = start_ranks(c)
+    require(world > 1 or not c.shard, "--shard=true needs more than one rank: torchrun --nproc_per_node=8 train.py ...")
     require(c.gradient_accumulation_steps % world == 0, f"--gradient_accumulation_steps={c.gradient_accumulation_steps} is shared by the {world} ranks and must be a multiple of {world}")
     device, amp, compiled = pick_device(c)
     torch.manual_seed(c.seed)
@@ -446,29 +459,35 @@ def main(argv=None):
     C, step = len(climate.names), checkpoint["step"] if checkpoint else 0
     config = Config(C, C if meta["masked"] else 0, c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap)
     network = UNet(config).to(device)
+    local = lambda tensors: [t.to_local() if isinstance(t, DTensor) else t for t in tensors]  # this rank's shard
 
     def lerp(averaged, current, n):  # a short memory at first
-        torch._foreach_lerp_(averaged, current, 1 - min(c.ema_decay, (1 + int(n)) / (10 + int(n))))
+        torch._foreach_lerp_(local(averaged), local(current), 1 - min(c.ema_decay, (1 + int(n)) / (10 + int(n))))
 
     ema = AveragedModel(network, multi_avg_fn=lerp)
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        ema.module.load_state_dict(checkpoint["ema"])
+        ema.n_averaged.fill_(step)
+    if c.shard:
+        spread(network, device, world), spread(ema.module, device, world)
     groups = [{"params": [p for p in network.parameters() if p.ndim >= 2]}, {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
     skipped, in_a_row = torch.zeros(2, device=device)  # steps without a finite gradient; on the device: no synchronisation
     earlier = []  # losses of the last run that are not yet in the log
     if checkpoint:
-        network.load_state_dict(checkpoint["model"])
-        ema.module.load_state_dict(checkpoint["ema"])
-        ema.n_averaged.fill_(step)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        set_optimizer_state_dict(network, optimizer, checkpoint["optimizer"], options=WHOLE)
         earlier, (skipped, in_a_row) = checkpoint["pending"], torch.tensor(checkpoint["skipped"], device=device)
     evaluate_now = lambda: evaluate(ema.module, climate, test_starts, c, meta, device, amp)
     if c.eval_only:
+        if rank == 0 or c.shard:
+            results = *evaluate_now(), likelihood(ema.module, climate, test_starts, c, meta, device)
         if rank == 0:
-            print_likelihood(step, *evaluate_now(), likelihood(ema.module, climate, test_starts, c, meta, device), C, meta)
+            print_likelihood(step, *results, C, meta)
         return
     model = torch.compile(network) if compiled else network
-    if world > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if world > 1 and not c.shard:
+        model = DistributedDataParallel(model, device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None)
     run = run_network(model, device, amp, c, meta)
     if rank == 0:
         open_log(out, step if resume else -1)
@@ -478,12 +497,13 @@ def main(argv=None):
             print(f"{out}/ckpt.pt is at step {step} already: give a larger --max_iters to train on")
 
     def save():
-        pending = earlier + gather(seen, world)
+        checkpoint = {  # all ranks take part, rank 0 has the result
+            "format": FORMAT, "settings": vars(c), "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step, "pending": earlier + gather(seen, world),
+            "skipped": [float(skipped), float(in_a_row)], "model": get_model_state_dict(network, options=WHOLE), "ema": get_model_state_dict(ema.module, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(network, optimizer, options=WHOLE),
+        }  # fmt: skip
         if rank == 0:
-            save_checkpoint(out / "ckpt.pt", {
-                "format": FORMAT, "settings": vars(c), "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step, "pending": pending,
-                "skipped": [float(skipped), float(in_a_row)], "model": network.state_dict(), "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict(),
-            })  # fmt: skip
+            save_checkpoint(out / "ckpt.pt", checkpoint)
 
     signalled, stop = [0], 0
     handlers = {s: signal.signal(s, lambda number, frame: signalled.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -496,14 +516,20 @@ def main(argv=None):
             group["lr"] = lr
         for micro in range(rank, c.gradient_accumulation_steps, world):
             last = micro + world >= c.gradient_accumulation_steps  # gradients are averaged over ranks once a step
-            with nullcontext() if last or world == 1 else model.no_sync():
+            if c.shard:
+                network.set_requires_gradient_sync(last)
+            with nullcontext() if last or world == 1 or c.shard else model.no_sync():
                 x, mask, logsnr, eps, _ = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
                 loss, v_error = batch_loss(run, c, meta, x, mask, logsnr, eps)
                 (loss.mean() * world / c.gradient_accumulation_steps).backward()
             seen.append((loss.detach(), v_error, logsnr))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.grad_clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = (~torch.isfinite(norm)).float()
-        optimizer.found_inf = bad  # a fused optimiser leaves the weights alone where this is 1
+        if device.type != "mps":
+            optimizer.found_inf = bad  # a fused optimiser leaves the weights alone where this is 1
+        elif bad:
+            optimizer.zero_grad(set_to_none=True)
         skipped, in_a_row = skipped + bad, (in_a_row + bad) * bad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -525,11 +551,11 @@ def main(argv=None):
             earlier, seen = [], []
             if in_a_row >= 10:
                 bar.close()
-                raise RuntimeError(f"the gradient was not finite {int(in_a_row)} steps in a row up to step {step}; {out}/ckpt.pt holds the last good state: lower --learning_rate or use --dtype=float32")
+                raise RuntimeError(f"the gradient was not finite {int(in_a_row)} steps in a row up to step {step}; the last checkpoint, if there is one, is good: lower --learning_rate or use --dtype=float32")
             speed = clips_done / (time.perf_counter() - clock)
             line = {"iter": step, "loss": round(losses.mean().item(), 6), "lr": lr, "grad_norm": round(norm.item(), 4), "clips_per_s": round(speed, 2), "skipped": int(skipped), "bins": by_bin(logsnrs.numpy(), v_errors.numpy())}
             bar.set_postfix(loss=f"{line['loss']:.4f}", clips_per_s=f"{speed:.1f}")
-            if evaluating and rank == 0:
+            if evaluating and (rank == 0 or c.shard):
                 val_loss, line["val_bins"] = evaluate_now()
                 line["val_loss"] = round(val_loss, 6)
                 bar.write(f"step {step}: loss {line['loss']:.4f}, held-out {val_loss:.4f}, {speed:.1f} clips/s")
