@@ -229,12 +229,16 @@ def linear_part(z, logsnr, w, param):
     """What a network of this parameterisation should say if the data were Gaussian with mode variances w (C, T, H, W).
 
     Per mode E[x | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and E[eps | z] = sigma z / (alpha^2 w + sigma^2).
-    z (B, C, T, H, W), logsnr (B,) -> F like z
+    z (B, C, T, H, W), logsnr (B,) -> F like z, and the scale (B, 1, 1, 1, 1) of what is left: the root of the mean over
+    modes of w alpha^2 w / (alpha^2 w + sigma^2)^2, the variance of v that is unknown times the share of it that z tells
+    of. It goes to 0 in pure noise, where x_hat is the mean of the data whatever their law, and to 1 without noise.
     """
     if w.shape[-3:] != z.shape[-3:]:
         w = resize_modes(w, z.shape[-3:])
     alpha, sigma, a, b = scales(logsnr, z, param)
-    return to_modes((a * alpha * w + b * sigma) / (alpha**2 * w + sigma**2) * to_modes(z), inverse=True)
+    total = alpha**2 * w + sigma**2  # variance of the modes of z
+    rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
+    return to_modes((a * alpha * w + b * sigma) / total * to_modes(z), inverse=True), rest
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -207,13 +207,15 @@ def test_linear_part_is_the_conditional_expectation():
     C = basis.T @ torch.diag(w.flatten()) @ basis  # the covariance in cells
     z, logsnr = torch.randn(5, 1, 2, 3, 4, generator=g, dtype=torch.float64), f64([-8.0, -2.0, 0.0, 3.0, 8.0])
     for param in D.PARAMS:
-        x_hat = D.to_x(D.linear_part(z, logsnr, w, param), z, logsnr, param).reshape(5, 24)
+        x_hat = D.to_x(D.linear_part(z, logsnr, w, param)[0], z, logsnr, param).reshape(5, 24)
         for i, l in enumerate(logsnr):
             alpha, sigma = D.alpha_sigma(l)
             expected = alpha * C @ torch.linalg.solve(alpha**2 * C + sigma**2 * torch.eye(24, dtype=torch.float64), z[i].flatten())
             torch.testing.assert_close(x_hat[i], expected, rtol=1e-6, atol=1e-9)
     white = torch.ones_like(w)
-    assert D.linear_part(z, logsnr, white, "v").abs().max() < 1e-12  # for white data v-prediction is already centred
+    assert D.linear_part(z, logsnr, white, "v")[0].abs().max() < 1e-12  # for white data v-prediction is already centred
+    rest = D.linear_part(z, f64([-40.0, 0.0, 0.0, 0.0, 40.0]), white, "v")[1].flatten()
+    assert rest[0] < 1e-8 and rest[1].item() == pytest.approx(math.sqrt(0.5)) and rest[4].item() == pytest.approx(1)
     smooth = torch.exp(-torch.arange(8.0, dtype=torch.float64) / 8)[None, :, None, None].expand(1, 8, 3, 4)
     longer = D.resize_modes(smooth, (16, 3, 4))
     torch.testing.assert_close(longer[0, :15, 0, 0], torch.exp(-torch.arange(15.0, dtype=torch.float64) / 16))

@@ -64,10 +64,10 @@ shift = 1.0  # adds 2 log(shift) to the log-SNR of cosine, linear, flow, normal;
 weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, sigmoid, elbo
 loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
-batch_size = 16  # clips per micro-batch
+batch_size = 32  # clips per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, shared by the ranks of torchrun
-max_iters = 3000  # optimiser steps
-learning_rate = 3e-3  # peak of AdamW's learning rate
+max_iters = 1800  # optimiser steps
+learning_rate = 2e-3  # peak of AdamW's learning rate
 warmup_iters = 100  # linear warm-up, then cosine decay to min_lr at max_iters
 min_lr = 1e-5  # learning rate at the end
 weight_decay = 0.01  # of matrices and kernels
@@ -75,8 +75,8 @@ beta2 = 0.99  # AdamW's second-moment decay
 grad_clip = 1.0  # gradient norm is clipped to this; 0 is off
 ema_decay = 0.995  # of the averaged weights that are evaluated and sampled
 # evaluation and logging
-eval_interval = 500  # steps between evaluations on held-out clips and checkpoints
-eval_iters = 8  # held-out batches per evaluation
+eval_interval = 300  # steps between evaluations on held-out clips and checkpoints
+eval_iters = 4  # held-out batches per evaluation
 eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
 bound_steps = 1000  # steps T of the discrete bound that eval_only prints
 ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only prints; 0 leaves it out
@@ -170,13 +170,16 @@ def pick_device(c):
 
 
 def run_network(network, device, dtype, c, meta):
-    """network(z, logsnr, cond) under autocast, plus in float32 the linear part that the data's spectrum gives."""
+    """network(z, logsnr, cond) under autocast; scaled and added in float32 to the linear part that the spectrum gives."""
     modes = meta["modes"].to(device) if c.linear_skip else None
 
     def run(z, logsnr, cond=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             F = network(z, logsnr, cond).float()
-        return F if modes is None else F + diffusion.linear_part(z, logsnr, modes, c.param)
+        if modes is None:
+            return F
+        linear, rest = diffusion.linear_part(z, logsnr, modes, c.param)
+        return linear + rest * F
 
     return run
 
