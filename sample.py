@@ -1,7 +1,7 @@
 """Generate climate clips from a checkpoint, draw them, and compare their statistics with held-out data.
 
     python sample.py --steps=256
-    python sample.py --out_dir=out --sampler=dpmpp --steps=24 --num_samples=16
+    python sample.py --out_dir=out --sampler=ancestral --steps=1000 --num_samples=16
 
 Edit the settings below or override any of them as --key=value; --help lists them.
 """
@@ -28,10 +28,10 @@ from train import require
 
 # ----------------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
-num_samples = 64  # clips to generate
+num_samples = 128  # clips to generate
 batch_size = 32  # clips at a time; does not change the result
-steps = 256  # sampler steps
-sampler = "ancestral"  # ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
+steps = 64  # sampler steps
+sampler = "dpmpp_sde"  # ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
 spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
 variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
