@@ -491,7 +491,8 @@ def compare(samples, truth, floor=None, dry=0.01):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # cells without any data: NaN
         mean_s, mean_p = np.nanmean(samples, (0, 1)), np.nanmean(truth, (0, 1))  # (H, W)
-    bias = (mean_s - mean_p) / (mean_p if floor is not None else scale)
+    usual = np.where(mean_p > 0.1 * np.nanmean(mean_p), mean_p, np.nan)  # no ratio to cells where it hardly ever rains
+    bias = (mean_s - mean_p) / (usual if floor is not None else scale)
     out = {"samples": len(samples), "held_out_clips": len(truth), "mean": [float(np.nanmean(samples)), float(np.nanmean(truth))]}
     out["std"] = [float(np.nanstd(samples)), scale]
     if floor is not None:

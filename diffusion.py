@@ -192,7 +192,7 @@ def make_denoiser(network, param, cond=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the linear part: the best denoiser that knows only the data's spectrum. A network that adds to it learns the rest.
+# the linear part: the best denoiser that knows only the data's mean and spectrum. A network adds the rest to it.
 # It is EDM's skip connection c_skip with a variance per mode instead of one for all; for white data and v it is zero
 
 
@@ -225,11 +225,11 @@ def resize_modes(w, shape):
     return w.exp()
 
 
-def linear_part(z, logsnr, w, param):
-    """What a network of this parameterisation should say if the data were Gaussian with mode variances w (C, T, H, W).
+def linear_part(z, logsnr, mean, w, param):
+    """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
-    Per mode E[x | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and E[eps | z] = sigma z / (alpha^2 w + sigma^2).
-    z (B, C, T, H, W), logsnr (B,) -> F like z, and the scale (B, 1, 1, 1, 1) of what is left: the root of the mean over
+    Per mode of z - alpha mean: E[x - mean | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and
+    E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W), z (B, C, T, H, W), logsnr (B,) -> F like z, and the scale (B, 1, 1, 1, 1) of what is left: the root of the mean over
     modes of w alpha^2 w / (alpha^2 w + sigma^2)^2, the variance of v that is unknown times the share of it that z tells
     of. It goes to 0 in pure noise, where x_hat is the mean of the data whatever their law, and to 1 without noise.
     """
@@ -238,7 +238,7 @@ def linear_part(z, logsnr, w, param):
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
     rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
-    return to_modes((a * alpha * w + b * sigma) / total * to_modes(z), inverse=True), rest
+    return a * mean + to_modes((a * alpha * w + b * sigma) / total * to_modes(z - alpha * mean), inverse=True), rest
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -206,15 +206,17 @@ def test_linear_part_is_the_conditional_expectation():
     torch.testing.assert_close(basis @ basis.T, torch.eye(24, dtype=torch.float64))
     C = basis.T @ torch.diag(w.flatten()) @ basis  # the covariance in cells
     z, logsnr = torch.randn(5, 1, 2, 3, 4, generator=g, dtype=torch.float64), f64([-8.0, -2.0, 0.0, 3.0, 8.0])
+    mean = torch.randn(1, 1, 3, 4, generator=g, dtype=torch.float64)
+    m = mean.expand(1, 2, 3, 4).flatten()
     for param in D.PARAMS:
-        x_hat = D.to_x(D.linear_part(z, logsnr, w, param)[0], z, logsnr, param).reshape(5, 24)
+        x_hat = D.to_x(D.linear_part(z, logsnr, mean, w, param)[0], z, logsnr, param).reshape(5, 24)
         for i, l in enumerate(logsnr):
             alpha, sigma = D.alpha_sigma(l)
-            expected = alpha * C @ torch.linalg.solve(alpha**2 * C + sigma**2 * torch.eye(24, dtype=torch.float64), z[i].flatten())
+            expected = m + alpha * C @ torch.linalg.solve(alpha**2 * C + sigma**2 * torch.eye(24, dtype=torch.float64), z[i].flatten() - alpha * m)
             torch.testing.assert_close(x_hat[i], expected, rtol=1e-6, atol=1e-9)
     white = torch.ones_like(w)
-    assert D.linear_part(z, logsnr, white, "v")[0].abs().max() < 1e-12  # for white data v-prediction is already centred
-    rest = D.linear_part(z, f64([-40.0, 0.0, 0.0, 0.0, 40.0]), white, "v")[1].flatten()
+    assert D.linear_part(z, logsnr, 0 * mean, white, "v")[0].abs().max() < 1e-12  # for white data v-prediction is already centred
+    rest = D.linear_part(z, f64([-40.0, 0.0, 0.0, 0.0, 40.0]), mean, white, "v")[1].flatten()
     assert rest[0] < 1e-8 and rest[1].item() == pytest.approx(math.sqrt(0.5)) and rest[4].item() == pytest.approx(1)
     smooth = torch.exp(-torch.arange(8.0, dtype=torch.float64) / 8)[None, :, None, None].expand(1, 8, 3, 4)
     longer = D.resize_modes(smooth, (16, 3, 4))
@@ -731,7 +733,10 @@ def test_change_of_variables_is_the_slope_of_the_transform(name):
 def test_mode_variances_are_those_of_the_law(monkeypatch, tmp_path):
     c = small_builtin(monkeypatch, tmp_path, "gaussian", 6, 240, 40)
     plain = [{"name": "none", "scale": 1.0, "floor": None, "mean": 0.0, "std": 1.0}]
-    got = train.mode_variances(c, np.arange(240) * 40, train.SimpleNamespace(frames=8), plain)
+    mean, got = train.mean_and_modes(c, np.arange(240) * 40, train.SimpleNamespace(frames=8), plain)
+    x = torch.from_numpy(data.clips(c, np.arange(240) * 40, 8))
+    torch.testing.assert_close(mean, x.mean((0, 2))[:, None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, (D.to_modes(x - mean) ** 2).mean(0), rtol=1e-3, atol=1e-5)
     M = D.to_modes(torch.eye(8 * 36, dtype=torch.float64).reshape(-1, 1, 8, 6, 6)).flatten(1)  # rows: cells, columns: modes
     exact = (M.T @ data.gaussian_covariance(8, 6) @ M).diagonal().reshape(1, 8, 6, 6)
     assert (got / exact - 1).abs().max() < 5.5 * math.sqrt(2 / 240) and abs((got / exact).mean() - 1) < 0.03

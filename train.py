@@ -56,7 +56,7 @@ patch = 4  # pixel-unshuffle at the input: cells of a patch become channels
 wrap_x = "auto"  # periodic longitude: auto (from the coordinates), true, false
 # diffusion
 param = "v"  # what the network predicts: v, eps, x, score
-linear_skip = True  # the network adds to the linear denoiser that the data's spectrum gives; false: learns all of it
+linear_skip = True  # the network adds to the linear denoiser that the data's mean and spectrum give; false: learns all of it
 schedule = "spectrum"  # log-SNRs trained on: spectrum (covers the data's modes), cosine, linear, logsnr, flow, normal, rho, ddpm
 logsnr_min = -30.0  # truncation of the schedule: pure noise
 logsnr_max = 30.0  # truncation of the schedule: data
@@ -170,32 +170,34 @@ def pick_device(c):
 
 
 def run_network(network, device, dtype, c, meta):
-    """network(z, logsnr, cond) under autocast; scaled and added in float32 to the linear part that the spectrum gives."""
-    modes = meta["modes"].to(device) if c.linear_skip else None
+    """network(z, logsnr, cond) under autocast; scaled and added in float32 to the linear part that mean and spectrum give."""
+    mean, modes = (meta[k].to(device) for k in ("mean", "modes"))
 
     def run(z, logsnr, cond=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             F = network(z, logsnr, cond).float()
-        if modes is None:
+        if not c.linear_skip:
             return F
-        linear, rest = diffusion.linear_part(z, logsnr, modes, c.param)
+        linear, rest = diffusion.linear_part(z, logsnr, mean, modes, c.param)
         return linear + rest * F
 
     return run
 
 
-def mode_variances(climate, starts, c, transform):
-    """Variance of the cosine modes of training clips, (C, T, H, W): the spectrum that the linear part knows.
+def mean_and_modes(climate, starts, c, transform):
+    """Mean of every cell (C, 1, H, W) and variance of the cosine modes about it (C, T, H, W): what the linear part knows.
 
-    Up to 2000 clips evenly spread, fewer of large ones (2e7 values in all, but at least 50 clips).
+    From up to 2000 training clips evenly spread, fewer of large ones (2e7 values in all, but at least 50 clips).
     """
     values = len(climate.names) * c.frames * math.prod(climate.size)
     count = min(len(starts), max(50, min(2000, 20_000_000 // values)))
-    chosen, total = starts[np.linspace(0, len(starts) - 1, count).astype(int)], 0
+    chosen, total, total_modes = starts[np.linspace(0, len(starts) - 1, count).astype(int)], 0, 0
     for i in range(0, count, 10):
         x, _ = data.normalise(data.clips(climate, chosen[i : i + 10], c.frames), transform)
-        total = total + (diffusion.to_modes(x) ** 2).sum(0)
-    return (total / count).clamp(min=1e-6)
+        total, total_modes = total + x.sum(0), total_modes + (diffusion.to_modes(x) ** 2).sum(0)
+    mean = (total / count).mean(1, keepdim=True)
+    M, X = diffusion.to_modes(mean.expand_as(total)), diffusion.to_modes(total / count)
+    return mean, (total_modes / count - M * (2 * X - M)).clamp(min=1e-6)  # E (x - m)^2 = E x^2 - m (2 E x - m)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -439,7 +441,7 @@ def prepare(c, checkpoint, rank):
         return climate, train_starts, test_starts, meta
     fitted = data.fit_transform(climate, train_starts, c.frames, c.transform)
     meta = describe(climate, fitted, *data.valid_cells(climate, data.covered_frames(train_starts, c.frames)))
-    meta["modes"] = mode_variances(climate, train_starts, c, fitted)
+    meta["mean"], meta["modes"] = mean_and_modes(climate, train_starts, c, fitted)
     return climate, train_starts, test_starts, meta
 
 
