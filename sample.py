@@ -70,7 +70,8 @@ def check(c):
 def given_clips(c, settings, meta, count):
     """Clips to start from, in physical units: `count` spread over --input, or over the held-out part of the data set."""
     climate = data.open_climate(c.input or settings.dataset, settings.variables, settings.size, settings.seed)
-    require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"--input={c.input} has variables {climate.names} on a grid {climate.size}; the checkpoint needs {meta['names']} on {tuple(meta['size'])}")
+    same = climate.names == meta["names"] or (c.input.endswith(".npy") and len(climate.names) == len(meta["names"]))  # .npy has no names
+    require(same and list(climate.size) == meta["size"], f"--input={c.input} has variables {climate.names} on a grid {climate.size}; the checkpoint needs {meta['names']} on {tuple(meta['size'])}")
     T = settings.frames
     starts = data.runs(climate, T) if c.input else data.split_windows(climate, T)[1]
     require(len(starts), f"--input={c.input} has no {T} consecutive frames")
