@@ -213,18 +213,6 @@ def to_modes(x, inverse=False):
     return x
 
 
-def resize_modes(w, shape):
-    """Variances of modes (..., T, H, W) for clips of another size: interpolated in logs at equal frequencies."""
-    w = w.log()
-    for dim, n in zip((-1, -2, -3), reversed(shape)):
-        m = w.shape[dim]
-        at = (torch.arange(n, device=w.device) * m / n).clamp(max=m - 1)
-        low = at.long()
-        part = (at - low).reshape((-1,) + (1,) * (-1 - dim)).to(w)
-        w = torch.lerp(w.index_select(dim, low), w.index_select(dim, (low + 1).clamp(max=m - 1)), part)
-    return w.exp()
-
-
 def linear_part(z, logsnr, mean, w, param):
     """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
@@ -233,8 +221,6 @@ def linear_part(z, logsnr, mean, w, param):
     modes of w alpha^2 w / (alpha^2 w + sigma^2)^2, the variance of v that is unknown times the share of it that z tells
     of. It goes to 0 in pure noise, where x_hat is the mean of the data whatever their law, and to 1 without noise.
     """
-    if w.shape[-3:] != z.shape[-3:]:
-        w = resize_modes(w, z.shape[-3:])
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
     rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
