@@ -822,8 +822,15 @@ def test_netcdf_and_zarr_files(tmp_path):
     np.testing.assert_allclose(z.frames(2, 9)[0], FIELD[2:9] - 280, atol=1e-6)
     assert z.dims == ("rlat", "rlon")
     (tmp_path / "broken.nc").write_bytes(b"CDF nonsense")
-    with pytest.raises(data.InputError, match="cannot read"):
-        data.open_climate(tmp_path / "broken.nc")
+    ds[["pr"]].to_netcdf(tmp_path / "whole.nc", encoding={"pr": {"zlib": True, "fletcher32": True}})
+    whole = bytearray((tmp_path / "whole.nc").read_bytes())
+    (tmp_path / "cut.nc").write_bytes(whole[: len(whole) // 2])
+    at = whole.index(b"\x78\x5e") if b"\x78\x5e" in whole else whole.index(b"\x78\x9c")  # in the compressed field
+    whole[at + 300] ^= 16
+    (tmp_path / "flip.nc").write_bytes(whole)
+    for name in ("broken.nc", "cut.nc", "flip.nc"):
+        with pytest.raises(data.InputError, match="cannot read"):
+            data.open_climate(tmp_path / name)
 
 
 def test_verification_statistics():
