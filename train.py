@@ -482,6 +482,8 @@ def main(argv=None):
     earlier = []  # losses of the last run that are not yet in the log
     if checkpoint:
         set_optimizer_state_dict(network, optimizer, checkpoint["optimizer"], options=WHOLE)
+        for p, state in optimizer.state.items():  # a fused optimiser pairs entries by their place in memory
+            state.update({k: torch.empty_like(p).copy_(v).detach() for k, v in state.items() if v.shape == p.shape})
         earlier, (skipped, in_a_row) = checkpoint["pending"], torch.tensor(checkpoint["skipped"], device=device)
     evaluate_now = lambda: evaluate(ema.module, climate, test_starts, c, meta, device, amp)
     if c.eval_only:
