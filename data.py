@@ -114,10 +114,12 @@ class Climate:
 
     pieces: consecutive stretches of the record, each a list of C array-likes (n, H, W); hours: (N,) float64, increasing
     within a run (any other step is a gap); names, attrs: per variable; dims: names of (y, x); coords: {name: {"dims",
-    "values", "attrs"}}; calendar; block: frames per block of the train/test split, or None for the default.
+    "values", "attrs"}}; calendar; block: frames per block of the train/test split, or None for the default; extras:
+    {name: array (H, W) or (N,)}, static fields and series that a model may be conditioned on.
     """
 
-    def __init__(self, pieces, hours, names, attrs, dims=("y", "x"), coords=None, calendar="standard", block=None):
+    def __init__(self, pieces, hours, names, attrs, dims=("y", "x"), coords=None, calendar="standard", block=None, extras=None):
+        self.extras = extras or {}
         self.pieces, self.hours, self.names, self.attrs = pieces, np.asarray(hours, np.float64), names, attrs
         self.dims, self.coords, self.calendar, self.block = tuple(dims), coords or {}, calendar, block
         self.ends = np.cumsum([len(p[0]) for p in pieces])
@@ -161,7 +163,8 @@ def builtin(kind, size, seed, folder="data"):
     km = {"units": "km", "long_name": "distance"}
     coords = {d: {"dims": [d], "values": np.arange(size) * CELL_KM, "attrs": km} for d in ("y", "x")}
     name, attrs = ("rain", {"units": "mm h-1", "long_name": "rain rate"}) if kind == "climate" else ("z", {"units": "1"})
-    return Climate([[array]], hours, [name], [attrs], ("y", "x"), coords, "360_day", SEASON_HOURS)
+    extras = {"orography": orography(size), "season": np.repeat(np.arange(SEASONS) % 4, SEASON_HOURS)}
+    return Climate([[array]], hours, [name], [attrs], ("y", "x"), coords, "360_day", SEASON_HOURS, extras)
 
 
 TIME_NAMES, Y_NAMES, X_NAMES = (
@@ -225,13 +228,17 @@ def read_xarray(path, variables):
     for name, c in fields[0].coords.items():
         if c.dtype.kind in "fiu" and c.ndim and set(c.dims) <= {ydim, xdim}:
             coords[name] = {"dims": list(c.dims), "values": c.values, "attrs": plain(c.attrs)}
+    extras = {}
+    for name, v in {**ds.data_vars, **ds.coords}.items():
+        if name not in variables and v.dtype.kind in "fiu" and set(v.dims) in ({tdim}, {ydim, xdim}):
+            extras[name] = v.transpose(*[d for d in (tdim, ydim, xdim) if d in v.dims]).values
     attrs = [plain(f.attrs) for f in fields]
     fits = sum(f.size for f in fields) * 4 < 2**30  # small enough to hold; larger ones are read window by window
     try:
         arrays = [f.values if fits else f for f in fields]
     except Exception as e:
         raise InputError(f"cannot read {path}: its data are damaged ({type(e).__name__})")
-    return Climate([arrays], hours, list(variables), attrs, (ydim, xdim), coords, calendar)
+    return Climate([arrays], hours, list(variables), attrs, (ydim, xdim), coords, calendar, extras=extras)
 
 
 def plain(attrs):
@@ -265,7 +272,8 @@ def read_numpy(path, variables):
     if hours is not None and hours.dtype.kind == "M":
         hours = hours.astype("datetime64[s]").astype(np.float64) / 3600
     coords = {d: {"dims": [d], "values": np.array(v, np.float64), "attrs": {}} for d, v in (("y", axis(Y_NAMES, H)), ("x", axis(X_NAMES, W))) if v is not None}
-    return Climate([[fields[k] for k in names]], np.arange(n) if hours is None else hours, names, [{} for _ in names], ("y", "x"), coords, "none")
+    extras = {k: a for k, a in arrays.items() if a.shape in ((n,), (H, W)) and a.dtype.kind in "fiu"}
+    return Climate([[fields[k] for k in names]], np.arange(n) if hours is None else hours, names, [{} for _ in names], ("y", "x"), coords, "none", extras=extras)
 
 
 def open_climate(dataset, variables="", size=32, seed=0):
@@ -294,7 +302,9 @@ def open_climate(dataset, variables="", size=32, seed=0):
         hours = np.concatenate([p.hours + s for p, s in zip(parts, starts)])
     else:
         hours = np.concatenate([p.hours for p in parts])
-    return Climate([p.pieces[0] for p in parts], hours, first.names, first.attrs, first.dims, first.coords, first.calendar)
+    series = [k for k, a in first.extras.items() if a.ndim == 1 and all(k in p.extras for p in parts)]
+    extras = {k: a for k, a in first.extras.items() if a.ndim == 2} | {k: np.concatenate([p.extras[k] for p in parts]) for k in series}
+    return Climate([p.pieces[0] for p in parts], hours, first.names, first.attrs, first.dims, first.coords, first.calendar, extras=extras)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,6 +362,95 @@ def pick(starts, seed, step, count):
 def clips(climate, starts, frames):
     """Physical clips at the given starts, (B, C, T, H, W) float32 with NaN."""
     return np.stack([climate.frames(s, s + frames) for s in starts])
+
+
+def windows(length, frames, overlap, circular=False, reverse=False):
+    """Frame numbers of the clips that cover a sequence one after the other, each beginning with `overlap` earlier frames.
+
+    circular: the last one ends with the first `overlap` frames; reverse: from the end backwards. A list of (frames,).
+    """
+    frames = min(frames, length)
+    last = length + (overlap if circular else 0) - frames
+    starts = [*range(0, last, frames - overlap), last]
+    return [length - 1 - (s + np.arange(frames))[::-1] if reverse else (s + np.arange(frames)) % length for s in starts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# conditions: the known part of a clip, and what else a model may be told
+
+KNOWN = {  # is frame t of T known?
+    "nothing": lambda t, T, n: t < 0,
+    "prefix": lambda t, T, n: t < n,
+    "suffix": lambda t, T, n: t >= T - n,
+    "ends": lambda t, T, n: (t < n) | (t >= T - n),
+    "every": lambda t, T, n: t % n == 0,
+}
+KINDS = (*KNOWN, "blocks", "coarse")
+
+
+def random_known(rng, kinds, T, H, W):
+    """What is known of one training clip: mask (T, H / factor, W / factor) and factor. n and the boxes are drawn."""
+    kind = kinds[rng.integers(len(kinds))]
+    if kind == "coarse":
+        factors = [f for f in (2, 4, 8) if H % f == 0 == W % f]
+        factor = factors[rng.integers(len(factors))] if factors else 1
+        return np.full((T, H // factor, W // factor), float(factor > 1), np.float32), factor
+    mask = np.ones((T, H, W), np.float32)
+    if kind == "blocks":  # one to three boxes are hidden, in some of the frames
+        for _ in range(rng.integers(1, 4)):
+            (h, w), (a, b) = rng.integers(1, [H * 3 // 4 + 1, W * 3 // 4 + 1]), np.sort(rng.integers(0, T + 1, 2))
+            y, x = rng.integers(0, [H - h + 1, W - w + 1])
+            mask[a if b > a else 0 : b if b > a else T, y : y + h, x : x + w] = 0
+        return mask, 1
+    highest = {"every": T, "ends": (T + 1) // 2}.get(kind, T)  # at least one frame stays unknown
+    n = rng.integers(2, highest + 1) if kind == "every" else rng.integers(1, max(highest, 2))
+    t = np.arange(T) + (rng.integers(n) if kind == "every" else 0)
+    return mask * KNOWN[kind](t, T, n)[:, None, None], 1
+
+
+DAYS = {"360_day": 360, "noleap": 365, "365_day": 365, "all_leap": 366, "366_day": 366}
+
+
+def fit_conditions(climate, names, index):
+    """One plain dict per name, fitted on the frames in index: 'hour' and 'day' (of the year), static fields and series.
+
+    Numbers are standardised; a series of at most 16 whole numbers is taken for classes, one channel each.
+    """
+    fitted = []
+    for name in names:
+        if name in ("hour", "day"):
+            if climate.calendar == "none":
+                raise InputError(f"--condition={name} needs times with a calendar, which this dataset has not")
+            fitted.append({"name": name, "channels": 2, "period": 24.0 * (1 if name == "hour" else DAYS.get(climate.calendar, 365.2425))})
+            continue
+        if name not in climate.extras:
+            raise InputError(f"--condition={name} is not one of known, {', '.join(KINDS)}, hour, day" + "".join(f", {k}" for k in climate.extras))
+        v = climate.extras[name]
+        v = v[index] if v.ndim == 1 else v
+        classes = np.unique(v) if v.ndim == 1 and v.dtype.kind in "iu" else []
+        if 2 <= len(classes) <= 16:
+            fitted.append({"name": name, "channels": len(classes), "classes": classes.tolist()})
+        else:
+            fitted.append({"name": name, "channels": 1, "mean": float(np.nanmean(v)), "std": float(np.nanstd(v)) or 1.0})
+    return fitted
+
+
+def condition_values(climate, fitted, index, hours=None):
+    """Channels (B, 1 + K, T, H, W) of the conditions at frames index (B, T), the first is 1: told. hours (B, T) where they
+    run past the record, of which the series then keep their last value."""
+    hours, index = climate.hours[index] if hours is None else hours, np.minimum(index, len(climate) - 1)
+    channels = [np.ones(index.shape)]
+    for f in fitted:
+        if "period" in f:
+            angle = 2 * np.pi * (hours / f["period"] % 1)
+            channels += [np.sin(angle), np.cos(angle)]
+        elif "classes" in f:
+            channels += [climate.extras[f["name"]][index] == k for k in f["classes"]]
+        else:
+            v = np.nan_to_num((np.asarray(climate.extras[f["name"]], np.float32) - f["mean"]) / f["std"])
+            channels.append(v[index] if v.ndim == 1 else v)
+    full = [np.broadcast_to(v[..., None, None] if v.shape == index.shape else v, (*index.shape, *climate.size)) for v in channels]
+    return torch.from_numpy(np.stack(full, 1).astype(np.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -513,30 +612,119 @@ def compare(samples, truth, floor=None, dry=0.01):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# ensembles: forecasts (M, N, ...) of what was then seen, truth (N, ...); NaN in truth is left out
+
+
+def crps(ensemble, truth):
+    """Continuous ranked probability score, fair: E|X - y| - E|X - X'| / 2 with the members as a sample (Ferro 2014). (N, ...)
+
+    One member is a point forecast, whose score is its absolute error.
+    """
+    M = len(ensemble)
+    error = np.abs(ensemble - truth).mean(0)
+    if M == 1:
+        return error
+    rank = np.arange(1, M + 1).reshape(-1, *[1] * truth.ndim)  # sum over pairs |Xi - Xj| = sum (2 i - M - 1) X_(i)
+    return error - ((2 * rank - M - 1) * np.sort(ensemble, 0)).sum(0) / (M * (M - 1))
+
+
+def energy_score(ensemble, truth):
+    """The same for whole fields, |.| the Euclidean norm over y, x per cell (root mean square): (M, N, T, H, W) -> (N, T)."""
+    norm = lambda d: np.sqrt(np.nanmean(np.where(np.isfinite(truth), d, np.nan) ** 2, (-2, -1)))
+    M = len(ensemble)
+    pairs = sum(norm(ensemble[i] - ensemble[j]) for i in range(M) for j in range(i))
+    return np.mean([norm(e - truth) for e in ensemble], 0) - pairs / max(M * (M - 1), 1)
+
+
+def spread_skill(ensemble, truth, axis):
+    """Spread, root of the mean variance of the members times (M + 1) / M, and RMSE of their mean: equal if calibrated."""
+    M, seen = len(ensemble), np.isfinite(truth)
+    spread = np.nanmean(np.where(seen, ensemble.var(0, ddof=1) * (M + 1) / M, np.nan), axis) ** 0.5
+    return spread, np.nanmean((ensemble.mean(0) - truth) ** 2, axis) ** 0.5
+
+
+def rank_histogram(ensemble, truth, seed=0):
+    """How often the truth has each rank among the members, ties drawn at random: flat if calibrated. (M + 1,) shares"""
+    seen = np.isfinite(truth)
+    below, tied = (ensemble < truth).sum(0)[seen], (ensemble == truth).sum(0)[seen]
+    rank = below + np.random.default_rng(seed).integers(0, tied + 1)
+    return np.bincount(rank, minlength=len(ensemble) + 1) / max(len(rank), 1)
+
+
+def verify_ensemble(ensemble, truth, references, lead):
+    """Scores per frame of one variable, a dict of plain values. ensemble (M, N, T, H, W), truth (N, T, H, W) with NaN.
+
+    references: {name: (M', N, T, H, W) or broadcastable} to compare with, persistence and climatology say; lead (T,) hours.
+    """
+    frames, over = np.isfinite(truth).any((0, 2, 3)), (0, 2, 3)
+    ensemble, truth, lead = ensemble[:, :, frames], truth[:, frames], np.asarray(lead)[frames]
+    out = {"members": len(ensemble), "conditions": len(truth), "lead_hours": lead.tolist(), "crps": np.nanmean(crps(ensemble, truth), over).tolist()}
+    for name, r in references.items():
+        r = np.broadcast_to(r, (len(r), len(truth), len(frames), *truth.shape[2:]))[:, :, frames]
+        out[f"crps_{name}"] = np.nanmean(crps(r, truth), over).tolist()
+    out["energy_score"] = np.nanmean(energy_score(ensemble, truth), 0).tolist()
+    if len(ensemble) > 1:
+        out["spread"], out["rmse"] = (v.tolist() for v in spread_skill(ensemble, truth, over))
+        spread, rmse = spread_skill(ensemble, truth, None)
+        out["spread_skill"], out["rank_histogram"] = float(spread / rmse), rank_histogram(ensemble, truth).tolist()
+    return out
+
+
+def drift(x, joins, frames, floor=None, dry=0.01):
+    """Does a long sequence (N, L, H, W) stay what it was? {statistic: [first `frames` frames, last ones, ratio]}.
+
+    joins: frames at which a window began to be new; the correlation with the frame before is compared with that elsewhere.
+    """
+    first, last = x[:, :frames], x[:, -frames:]
+    rows = {"mean": np.nanmean, "standard deviation": np.nanstd, "quantile 0.99": lambda a: np.nanquantile(a, 0.99)}
+    if floor is not None:
+        rows["wet fraction"] = lambda a: np.mean(a[np.isfinite(a)] > floor + dry)
+    out = {name: [float(f(first)), float(f(last))] for name, f in rows.items()}
+    a, b = spatial_spectrum(first)[1], spatial_spectrum(last)[1]
+    out |= {f"spatial power, wavenumbers {i * len(a) // 3 + 1} to {(i + 1) * len(a) // 3}": [float(v[i * len(a) // 3 : (i + 1) * len(a) // 3].mean()) for v in (a, b)] for i in range(3)}
+    step = (x - np.nanmean(x))[:, 1:], (x - np.nanmean(x))[:, :-1]
+    lag1 = np.nanmean(step[0] * step[1], (0, 2, 3)) / np.nanvar(x)  # (L - 1,)
+    at = np.isin(np.arange(1, x.shape[1]), joins)
+    out["lag-1 autocorrelation, inside and across joins"] = [float(lag1[~at].mean()), float(lag1[at].mean())]
+    return {name: [*v, v[1] / v[0] if v[0] else math.nan] for name, v in out.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # writing samples
 
 
-def write_samples(folder, x, meta, history):
-    """samples.npz, and samples.nc where xarray is installed. x (N, C, T, H, W) physical; meta: see train.describe."""
+def write_samples(folder, x, meta, history, hours, reference=None):
+    """samples.npz, and samples.nc where xarray is installed; meta: see train.describe; hours (T,): time of the frames.
+
+    x (N, C, T, H, W) physical, or with reference (R,), hours of the calendar from which `hours` counts, (R, M, C, T, H, W):
+    an ensemble of M realisations for each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     coords = {k: np.asarray(c["values"]) for k, c in meta["coords"].items()}
-    hours = np.arange(x.shape[2]) * meta["step_hours"]
-    dims = ("realization", "time", *meta["dims"])
+    lead = ["forecast_reference_time"] if reference is not None else []
+    dims = (*lead, "realization", "time", *meta["dims"])
     arrays = {"samples": x, "channel": np.array(meta["names"]), "units": np.array([str(a.get("units", "1")) for a in meta["attrs"]]), "time": hours, **coords}
+    if lead:
+        arrays[lead[0]] = reference
     with replacing(folder / "samples.npz") as f:
-        np.savez(f, dims=np.array(["sample", "channel", "time", *meta["dims"]]), **arrays)
+        np.savez(f, dims=np.array([*lead, "realization", "channel", "time", *meta["dims"]]), **arrays)
     try:
         import netCDF4  # noqa: F401, the engine that writes
         import xarray as xr
     except ImportError:
         return ["samples.npz"]
     ds = xr.Dataset(
-        {n: (dims, x[:, i], a) for i, (n, a) in enumerate(zip(meta["names"], meta["attrs"]))},
+        {n: (dims, x[..., i, :, :, :], a) for i, (n, a) in enumerate(zip(meta["names"], meta["attrs"]))},
         {k: (tuple(c["dims"]), coords[k], c["attrs"]) for k, c in meta["coords"].items()},
         {"Conventions": "CF-1.8", "history": history},
     )
-    ds["realization"] = ("realization", np.arange(len(x)), {"standard_name": "realization"})
-    ds["time"] = ("time", hours, {"standard_name": "forecast_period", "long_name": "time since the first frame", "units": "hours"})
+    ds["realization"] = ("realization", np.arange(x.shape[len(lead)]), {"standard_name": "realization"})
+    ds["time"] = ("time", hours, {"standard_name": "forecast_period", "long_name": f"time since the {'reference time' if lead else 'first frame'}", "units": "hours"})
+    if lead:
+        attrs = {"standard_name": "forecast_reference_time", "units": "hours"}
+        if meta["calendar"] != "none":
+            attrs |= {"units": f"hours since {1970 if meta['calendar'] == 'standard' else 1850}-01-01", "calendar": meta["calendar"]}
+        ds[lead[0]] = (lead[0], reference, attrs)
     with replacing(folder / "samples.nc") as f:
         ds.to_netcdf(f.name, engine="netcdf4", encoding={n: {"_FillValue": np.float32(np.nan), "zlib": True} for n in meta["names"]})
     return ["samples.npz", "samples.nc"]

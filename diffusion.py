@@ -17,10 +17,12 @@ distillation (Salimans and Ho 2022), min-SNR (Hang et al. 2023), K&G (Kingma and
 """
 import functools
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import avg_pool3d, logsigmoid, softplus
+from torch.nn.functional import interpolate as interpolate_nearest
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the forward process
@@ -213,13 +215,26 @@ def to_modes(x, inverse=False):
     return x
 
 
+def modes_of_length(w, T):
+    """Mode variances (C, T0, H, W) for clips of T frames instead: the same power spectrum, in logs, at the frequencies k / 2T.
+
+    The variance of single frames, the mean over the modes of time, is kept. (C, T, H, W)
+    """
+    T0 = w.shape[1]
+    k = (torch.arange(T, device=w.device, dtype=w.dtype) * T0 / T).clamp(max=T0 - 1)  # (T,)
+    below, above = k.floor().long(), k.ceil().long()
+    v = torch.lerp(w[:, below].log(), w[:, above].log(), expand(k - below, w[0])).exp()
+    return v * w.mean(1, keepdim=True) / v.mean(1, keepdim=True)
+
+
 def linear_part(z, logsnr, mean, w, param):
     """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
     Per mode of z - alpha mean: E[x - mean | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and
-    E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W), z (B, C, T, H, W), logsnr (B,) -> F like z, and the scale (B, 1, 1, 1, 1) of what is left: the root of the mean over
-    modes of w alpha^2 w / (alpha^2 w + sigma^2)^2, the variance of v that is unknown times the share of it that z tells
-    of. It goes to 0 in pure noise, where x_hat is the mean of the data whatever their law, and to 1 without noise.
+    E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W) or one per clip, z (B, C, T, H, W),
+    logsnr (B,) -> F like z, and the scale (B, 1, 1, 1, 1) of what is left: the root of the mean over modes of
+    (alpha w / (alpha^2 w + sigma^2))^2, the variance of v that is unknown times the share of it that z tells of. It goes
+    to 0 in pure noise, where x_hat is the mean of the data whatever their law, and to 1 without noise.
     """
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
@@ -515,3 +530,112 @@ def interpolate(a, b, weight):
 def clip(denoise, low, high):
     """Clamp x_hat to a range. Samplers recompute eps_hat from x_hat, so the two stay consistent."""
     return lambda z, logsnr: denoise(z, logsnr).clamp(low, high)
+
+
+def classifier_free(denoise, unconditional, scale):
+    """u + scale (c - u): 0 ignores the condition, 1 samples given it, above 1 exaggerates it (Ho and Salimans 2022, eq. 6)."""
+    return lambda z, logsnr: torch.lerp(unconditional(z, logsnr), denoise(z, logsnr), scale)
+
+
+def classifier_guidance(denoise, log_prob, scale=1.0):
+    """x_hat + (sigma^2 / alpha) scale grad_z log p(c | z), log_prob(z, logsnr) -> (B,): Bayes' rule for the score (SDE eq. 14)."""
+
+    def guided(z, logsnr):
+        alpha, sigma, _, _ = scales(logsnr, z)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            gradient = torch.autograd.grad(log_prob(z, logsnr).sum(), z)[0]
+        return denoise(z.detach(), logsnr) + sigma**2 / alpha * scale * gradient
+
+    return guided
+
+
+@dataclass
+class Observation:
+    """What is known of a field: y = A x, where A takes means over factor x factor cells and keeps them where mask is 1.
+
+    y, mask: (B, C, T, H / factor, W / factor), y 0 where mask is 0. Known frames, known cells and every n-th frame have
+    factor 1, a coarse field has mask 1. lift is a right inverse, A(lift(u)) = u.
+    """
+
+    y: torch.Tensor
+    mask: torch.Tensor
+    factor: int = 1
+
+    def A(self, x):
+        return self.mask * avg_pool3d(x, (1, self.factor, self.factor))
+
+    def lift(self, u):
+        return interpolate_nearest(self.mask * u, scale_factor=(1.0, self.factor, self.factor))
+
+    def project(self, x):
+        """The field nearest to x that agrees with y."""
+        return x + self.lift(self.y - self.A(x))
+
+    def channels(self):
+        """As input of a network trained with conditions: what is known, and how well (1, or 1 / factor^2 for a mean)."""
+        return torch.cat([self.lift(self.y), self.lift(self.mask) / self.factor**2], 1)  # (B, 2C, T, H, W)
+
+
+def imputation(denoise, known):
+    """x_hat with its known part put right (Lugmayr et al. 2022, Song et al. 2021 app. I.2).
+
+    Every sampler's update then takes the known part of z from t to s given y and the z_t of its own chain: at each level
+    a draw of the forward process given y. The unknown part hears of y only through z, too late: seams and lost spread.
+    """
+    return lambda z, logsnr: known.project(denoise(z, logsnr))
+
+
+def reconstruction_guidance(denoise, known, weight):
+    """Imputation of x_hat - (weight alpha / 2) grad_z |y - A x_hat|^2 (Ho et al. 2022, eq. 7).
+
+    The square is a sum over the entries of each sample, so that weight means the same for any batch and shape.
+    """
+
+    def guided(z, logsnr):
+        alpha = scales(logsnr, z)[0]
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x_hat = denoise(z, logsnr)
+            gradient = torch.autograd.grad(((known.y - known.A(x_hat)) ** 2).sum(), z)[0]
+        return known.project(x_hat.detach() - weight / 2 * alpha * gradient)
+
+    return guided
+
+
+def moment_matching(denoise, known, steps=8, std=0.0):
+    """x_hat + V A' (std^2 + A V A')^-1 (y - A x_hat): E[x | z, y] were q(x | z) normal (Rozet et al. 2024, eq. 18).
+
+    V = Cov[x | z] = (sigma^2 / alpha) d x_hat / d z (Tweedie), which is symmetric, so that V A' u is one vector-Jacobian
+    product of A x_hat. `steps` of conjugate gradients, one product each; exact for Gaussian data. std: that of the
+    observations' error; 0 meets y exactly.
+    """
+
+    def guided(z, logsnr):
+        alpha, sigma, _, _ = scales(logsnr, z)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x_hat = denoise(z, logsnr)
+            seen = known.A(x_hat)
+        V_At = lambda u: sigma**2 / alpha * torch.autograd.grad(seen, z, u, retain_graph=True)[0]
+        u = conjugate_gradients(lambda u: std**2 * u + known.A(V_At(u)), known.y - seen.detach(), steps)
+        x_hat = x_hat.detach() + V_At(u)
+        return x_hat if std else known.project(x_hat)
+
+    return guided
+
+
+def conjugate_gradients(S, b, steps):
+    """u of S u = b for every sample of b (B, ...) by itself; a sample is left alone once solved or if S is not positive."""
+    dot = lambda a, b: expand((a * b).flatten(1).sum(1), a)
+    u, r, p = torch.zeros_like(b), b, b
+    rr, enough = dot(b, b), 1e-12 * dot(b, b)
+    for _ in range(steps):
+        Sp = S(p)
+        curvature = dot(p, Sp)
+        going = (rr > enough) & (curvature > 0)
+        length = torch.where(going, rr / curvature, 0)
+        u, r = u + length * p, r - length * Sp
+        before, rr = rr, dot(r, r)
+        p = torch.where(going, r + rr / before * p, 0)
+    return u

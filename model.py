@@ -6,11 +6,13 @@ and over time acts at the lowest resolution. Written so that torch.compile(fullg
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -32,6 +34,11 @@ def norm_act(h, norm, scale_shift=None):
         scale, shift = scale_shift.chunk(2, 1)
         h = torch.addcmul(shift, h, 1 + scale)
     return F.silu(h)
+
+
+def add(h, temporal, mix):
+    """h plus what mixes frames, but only in clips whose mix is 1 (None: in all). h, temporal (BT, C, H, W), mix (BT, 1, 1, 1)"""
+    return h + temporal if mix is None else torch.addcmul(h, temporal, mix)
 
 
 def rotary(x):
@@ -61,10 +68,10 @@ class TimeConv(nn.Conv2d):
     def __init__(self, c):
         super().__init__(c, c, (3, 1), padding=(1, 0))
 
-    def forward(self, h, T):
+    def forward(self, h, T, mix):
         H, W = h.shape[-2:]
         x = rearrange(h, "(b t) c h w -> b c t (h w)", t=T)
-        return h + rearrange(super().forward(x), "b c t (h w) -> (b t) c h w", h=H, w=W)
+        return add(h, rearrange(super().forward(x), "b c t (h w) -> (b t) c h w", h=H, w=W), mix)
 
 
 class Block(nn.Module):
@@ -79,9 +86,9 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x, scale_shift, T):
+    def forward(self, x, scale_shift, T, mix=None):
         h = self.conv1(norm_act(x, self.norm1))
-        h = self.time(h, T)
+        h = self.time(h, T, mix)
         h = self.conv2(norm_act(h, self.norm2, scale_shift))
         return self.skip(x) + h
 
@@ -96,7 +103,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x, T):
+    def forward(self, x, T, mix=None):
         H, W = x.shape[-2:]
         tokens = {"space": "(b t) (h w)", "time": "(b h w) t"}[self.axis]
         qkv = self.qkv(rearrange(self.norm(x), f"(b t) c h w -> {tokens} c", t=T))
@@ -104,13 +111,15 @@ class Attention(nn.Module):
         if self.axis == "time":
             q, k = rotary(q), rotary(k)
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "n heads l d -> n l (heads d)")
-        return x + rearrange(self.out(y), f"{tokens} c -> (b t) c h w", t=T, h=H, w=W)
+        y = rearrange(self.out(y), f"{tokens} c -> (b t) c h w", t=T, h=H, w=W)
+        return add(x, y, mix if self.axis == "time" else None)
 
 
 class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.checkpoint_activations = False  # backward computes each block again instead of storing its activations
         widths = [c.width * m for m in c.mults]
         emb = 4 * c.width
         self.embed = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
@@ -161,10 +170,16 @@ class UNet(nn.Module):
             along_x = torch.cos(math.pi * k * x)
         return torch.cat([along_y[:, :, None].expand(4, H, W), along_x[:, None, :].expand(4, H, W)])[None]
 
-    def forward(self, z, logsnr, cond=None):
-        """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z."""
+    def forward(self, z, logsnr, cond=None, mix=None):
+        """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z.
+
+        mix (B,) is 0 for clips whose frames have nothing to do with each other: nothing passes between them (Ho et al.
+        2022, sec. 3.2). A single frame is such a clip.
+        """
         c = self.config
         B, _, T, H, W = z.shape
+        if T == 1:
+            mix = z.new_zeros(B)
         if cond is not None:
             z = torch.cat([z, cond], 1)
         multiple = c.patch * 2 ** (len(c.mults) - 1)
@@ -181,23 +196,28 @@ class UNet(nn.Module):
             h = F.pad(h, (0, pad_x, 0, 0), mode="replicate")
         h = F.pixel_unshuffle(h, c.patch).contiguous(memory_format=torch.channels_last)
         h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
+        if mix is not None:
+            mix = mix.to(h.dtype).repeat_interleave(T)[:, None, None, None]  # (BT, 1, 1, 1)
         films = iter([f.repeat_interleave(T, 0)[:, :, None, None].to(h.dtype) for f in self.conditioning(logsnr)])
 
+        run = lambda module, *inputs: module(*inputs)
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            run = partial(checkpoint, use_reentrant=False)
         skips, down, up = [h], iter(self.down), iter(self.up)
         for i in range(len(c.mults)):
             for _ in range(c.blocks):
-                h = next(down)(h, next(films), T)
+                h = run(next(down), h, next(films), T, mix)
                 skips.append(h)
             if i < len(c.mults) - 1:
                 h = self.downsample[i](h)
                 skips.append(h)
-        h = self.middle[0](h, next(films), T)
+        h = run(self.middle[0], h, next(films), T, mix)
         for attention in self.attention:
-            h = attention(h, T)
-        h = self.middle[1](h, next(films), T)
+            h = run(attention, h, T, mix)
+        h = run(self.middle[1], h, next(films), T, mix)
         for i in range(len(c.mults)):
             for _ in range(c.blocks + 1):
-                h = next(up)(torch.cat([h, skips.pop()], 1), next(films), T)
+                h = run(next(up), torch.cat([h, skips.pop()], 1), next(films), T, mix)
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
         h = F.pixel_shuffle(self.out(norm_act(h, self.norm)), c.patch)

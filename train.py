@@ -47,6 +47,9 @@ dataset = "climate"  # climate, gaussian, or a path to .npy, .npz, NetCDF, Zarr,
 variables = ""  # comma-separated names to stack as channels; empty takes every field
 frames = 8  # time steps per clip
 size = 32  # grid side of the built-in data
+condition = ""  # what the network is told, comma-separated: known (parts of the clip, drawn at random; or some of prefix, suffix, every, ends, blocks, coarse, nothing), hour, day, a static field or series of the dataset
+condition_dropout = 0.1  # share of clips that are told no hour, day, field or series, for guidance_scale
+image_share = 0.0  # share of clips that are single frames from anywhere, with nothing mixed between them
 transform = "auto"  # auto, none, sqrt, cbrt, log; one for all variables or one each, comma-separated
 # network
 width = 64  # channels at the first level, a multiple of 16
@@ -87,6 +90,7 @@ seed = 0  # of weights, batches, times and noise, and of the built-in data
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16 (autocast)
 compile = "auto"  # torch.compile: auto (on CUDA), true, false
+checkpoint_activations = False  # compute activations again in the backward pass: less memory, a third more time
 shard = False  # with torchrun: spread weights, averages and optimiser over the ranks (FSDP2), for models that fit no single one
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +98,7 @@ CHOICES = {
     "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 
@@ -147,6 +151,7 @@ def check(c):
     require(c.logsnr_min < c.logsnr_max, f"--logsnr_min={c.logsnr_min} must be below --logsnr_max={c.logsnr_max}")
     require(max(-c.logsnr_min, c.logsnr_max) <= 60, "log-SNR beyond +-60 leaves the range of float32")
     require(c.shift > 0 and c.learning_rate > 0, "--shift and --learning_rate must be positive")
+    require(0 <= c.condition_dropout < 1 and 0 <= c.image_share < 1, "--condition_dropout and --image_share must lie in [0, 1)")
     require(0 <= c.ema_decay < 1 and 0 < c.beta2 < 1, "--ema_decay must lie in [0, 1), --beta2 in (0, 1)")
     require(c.schedule != "ddpm" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
     require(c.shift == 1 or c.schedule in ("cosine", "linear", "flow", "normal"), f"--shift means nothing for --schedule={c.schedule}: use cosine, linear, flow or normal")
@@ -170,18 +175,43 @@ def pick_device(c):
 
 
 def run_network(network, device, dtype, c, meta):
-    """network(z, logsnr, cond) under autocast; scaled and added in float32 to the linear part that mean and spectrum give."""
+    """network(z, logsnr, cond, mix) under autocast; scaled and added in float32 to the linear part of mean and spectrum.
+
+    The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
+    """
     mean, modes = (meta[k].to(device) for k in ("mean", "modes"))
 
-    def run(z, logsnr, cond=None):
+    def run(z, logsnr, cond=None, mix=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            F = network(z, logsnr, cond).float()
+            F = network(z, logsnr, cond, mix).float()
         if not c.linear_skip:
             return F
-        linear, rest = diffusion.linear_part(z, logsnr, mean, modes, c.param)
+        w = diffusion.modes_of_length(modes, z.shape[2])
+        if mix is not None:  # unrelated frames: the same variance in every mode of time
+            w = torch.where(diffusion.expand(mix, z) > 0, w, w.mean(1, keepdim=True))
+        linear, rest = diffusion.linear_part(z, logsnr, mean, w, c.param)
+        if meta["known"] or meta["conditions"]:
+            told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
+            rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
         return linear + rest * F
 
     return run
+
+
+def condition_channels(meta, x, valid=None, known=None, told=None):
+    """The network's further input for clips x (B, C, T, H, W), or None: where there is data, what is known, what it is told.
+
+    known: Observation.channels(); told: data.condition_values(). What is not given is 0, as in training with `nothing`
+    known and with dropout.
+    """
+    parts, blank = [], lambda channels: x.new_zeros(len(x), channels, *x.shape[2:])
+    if meta["masked"]:
+        parts.append(valid.expand_as(x))
+    if meta["known"]:
+        parts.append(blank(2 * x.shape[1]) if known is None else known)
+    if meta["conditions"]:
+        parts.append(blank(1 + sum(f["channels"] for f in meta["conditions"])) if told is None else told)
+    return torch.cat(parts, 1) if parts else None
 
 
 def mean_and_modes(climate, starts, c, transform):
@@ -257,6 +287,13 @@ def build(checkpoint, device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def split_conditions(c):
+    """--condition as kinds of known parts and names of the rest."""
+    names = [n.strip() for n in c.condition.split(",") if n.strip()]
+    kinds = data.KINDS if "known" in names else [n for n in names if n in data.KINDS]
+    return list(kinds), [n for n in names if n != "known" and n not in data.KINDS]
+
+
 def levels(c, meta):
     """The arguments of diffusion.logsnr_schedule for a run: its schedule, or the normal density that covers the spectrum."""
     if c.schedule == "spectrum":
@@ -265,23 +302,51 @@ def levels(c, meta):
 
 
 def micro_batch(climate, starts, c, meta, device, stream):
-    """Clips, mask or None, log-SNRs, noise, and the clips in physical units: a function of stream = (seed, step, micro)."""
-    physical = data.clips(climate, data.pick(starts, stream[0], stream[1:], c.batch_size), c.frames)
+    """One batch, a function of stream = (seed, step, micro): a namespace of
+
+    physical (B, C, T, H, W) in units, x standardised, mask of its data (None: all), loss_mask of what is to be predicted,
+    cond, mix (None: frames belong together), logsnr, eps.
+    """
+    T, single = c.frames, round(c.image_share * c.batch_size)
+    index = data.pick(starts, stream[0], stream[1:], c.batch_size)[:, None] + np.arange(T)  # (B, T)
+    if single:  # frames from anywhere
+        index[:single] = data.pick(starts, stream[0], (*stream[1:], 1), single * T).reshape(single, T)
+    physical = np.concatenate([np.stack([np.concatenate([climate.frames(i, i + 1) for i in row], 1) for row in index[:single]]) if single else np.empty((0, len(climate.names), T, *climate.size), np.float32),
+                               data.clips(climate, index[single:, 0], T)])  # fmt: skip
     x, mask = data.normalise(physical, meta["transform"])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
     t = diffusion.stratified_times(c.batch_size, generator)
     logsnr = diffusion.logsnr_schedule(t, *levels(c, meta))
     eps = torch.randn(x.shape, generator=generator)
-    move = lambda a: a.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a.to(device)
-    x, mask, eps = move(x), None if mask.all() and not meta["masked"] else move(mask), move(eps)
-    return x, mask, logsnr, eps, physical
+    known, unknown, rng = None, mask, np.random.default_rng((*stream, 2))
+    if meta["known"]:
+        known, unknown = [], mask.clone()
+        for i in range(len(x)):
+            kinds = [k for k in meta["known"] if i >= single or k in ("nothing", "blocks", "coarse")] or ["nothing"]
+            m, factor = data.random_known(rng, kinds, T, *climate.size)
+            whole = diffusion.Observation(mask[i : i + 1], torch.from_numpy(m).expand(1, x.shape[1], *m.shape), factor)
+            whole.mask = whole.mask * (whole.A(mask[i : i + 1]) > 0.999)  # a mean over missing cells is not known
+            whole.y = whole.A(x[i : i + 1])
+            known.append(whole.channels())
+            if factor == 1:
+                unknown[i] -= whole.mask[0]
+        known = torch.cat(known)
+    told = None
+    if meta["conditions"]:
+        told = data.condition_values(climate, meta["conditions"], index)
+        told *= diffusion.expand(torch.from_numpy(rng.random(len(x)) >= c.condition_dropout), told)
+    move = lambda a: a if a is None else a.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a.to(device)
+    mix = (torch.arange(len(x)) >= single).float() if single else None
+    return SimpleNamespace(physical=physical, x=move(x), mask=move(None if mask.all() and not meta["masked"] else mask), loss_mask=move(None if unknown.all() and not meta["masked"] else unknown),
+                           cond=move(condition_channels(meta, x, mask, known, told)), mix=move(mix), logsnr=logsnr, eps=move(eps))  # fmt: skip
 
 
-def batch_loss(run, c, meta, x, mask, logsnr, eps):
-    """Weighted loss (B,) and squared v-error (B,) of one micro-batch; of masked data the mask is also a network input."""
+def batch_loss(run, c, meta, b):
+    """Weighted loss (B,) and squared v-error (B,) of one micro-batch."""
     weighting = {"score": "eps"}.get(c.param, c.param) if c.weighting == "auto" else c.weighting
-    log_p = diffusion.log_density(logsnr, *levels(c, meta)) if weighting in ("elbo", "sigmoid") else None
-    return diffusion.training_loss(run, x, logsnr, eps, c.param, weighting, log_p, mask, mask if meta["masked"] else None, c.loss_power)
+    log_p = diffusion.log_density(b.logsnr, *levels(c, meta)) if weighting in ("elbo", "sigmoid") else None
+    network = lambda z, logsnr, cond: run(z, logsnr, cond, b.mix)
+    return diffusion.training_loss(network, b.x, b.logsnr, b.eps, c.param, weighting, log_p, b.loss_mask, b.cond, c.loss_power)
 
 
 def by_bin(logsnrs, v_errors):
@@ -297,9 +362,9 @@ def evaluate(network, climate, starts, c, meta, device, dtype):
     run = run_network(network.eval(), device, dtype, c, meta)
     losses, v_errors, logsnrs = [], [], []
     for i in range(c.eval_iters):
-        x, mask, logsnr, eps, _ = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
-        loss, v = batch_loss(run, c, meta, x, mask, logsnr, eps)
-        losses.append(loss), v_errors.append(v), logsnrs.append(logsnr)
+        b = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
+        loss, v = batch_loss(run, c, meta, b)
+        losses.append(loss), v_errors.append(v), logsnrs.append(b.logsnr)
     return torch.cat(losses).mean().item(), by_bin(torch.cat(logsnrs).numpy(), torch.cat(v_errors).cpu().numpy())
 
 
@@ -314,9 +379,10 @@ def likelihood(network, climate, starts, c, meta, device):
     grid = torch.linspace(lo, hi, c.bound_steps + 1, dtype=torch.float64)
     rows = {}
     for i in range(c.eval_iters):
-        x, mask, _, eps, physical = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
+        b = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
+        x, mask, eps, physical = b.x, b.mask, b.eps, b.physical
         t = diffusion.stratified_times(len(x), torch.Generator().manual_seed(i))
-        denoise = diffusion.make_denoiser(run, c.param, mask if meta["masked"] else None)
+        denoise = diffusion.make_denoiser(run, c.param, condition_channels(meta, x, mask))
         dim = torch.full((len(x),), float(x[0].numel())) if mask is None else mask.cpu().flatten(1).sum(1)
         slope = data.log_slope(physical, meta["transform"])
         prior = diffusion.prior_kl(x.cpu(), lo, None if mask is None else mask.cpu())
@@ -333,7 +399,7 @@ def likelihood(network, climate, starts, c, meta, device):
         physical = data.clips(climate, data.pick(starts, c.seed + 1, (0, 0), c.ode_clips), c.frames)
         x = data.normalise(physical, meta["transform"])[0].to(device)
         probes = torch.randint(0, 2, (1, *x.shape), generator=torch.Generator().manual_seed(c.seed)).to(x) * 2 - 1
-        denoise, path = diffusion.make_denoiser(run, c.param), torch.linspace(hi, lo, c.ode_steps + 1, dtype=torch.float64)
+        denoise, path = diffusion.make_denoiser(lambda z, logsnr, _: run(z, logsnr, condition_channels(meta, z)), c.param), torch.linspace(hi, lo, c.ode_steps + 1, dtype=torch.float64)
         for j in tqdm(range(0, c.ode_clips, c.batch_size), desc="exact likelihood", leave=False):
             part = slice(j, j + c.batch_size)
             nll = -diffusion.ode_log_likelihood(denoise, x[part], path, probes[:, part]).cpu()
@@ -353,7 +419,7 @@ def learning_rate_at(step, c):
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-FIXED = ("dataset", "variables", "frames", "size", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
+FIXED = ("dataset", "variables", "frames", "size", "condition", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
 
 
 def logged_until(line, step):
@@ -439,8 +505,10 @@ def prepare(c, checkpoint, rank):
         meta = checkpoint["data"]
         require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{c.dataset} no longer has the variables and grid that the checkpoint was trained on")
         return climate, train_starts, test_starts, meta
-    fitted = data.fit_transform(climate, train_starts, c.frames, c.transform)
-    meta = describe(climate, fitted, *data.valid_cells(climate, data.covered_frames(train_starts, c.frames)))
+    fitted, covered = data.fit_transform(climate, train_starts, c.frames, c.transform), data.covered_frames(train_starts, c.frames)
+    meta = describe(climate, fitted, *data.valid_cells(climate, covered))
+    meta["known"], names = split_conditions(c)
+    meta["conditions"] = data.fit_conditions(climate, names, covered)
     meta["mean"], meta["modes"] = mean_and_modes(climate, train_starts, c, fitted)
     return climate, train_starts, test_starts, meta
 
@@ -462,8 +530,10 @@ def main(argv=None):
 
     wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
     C, step = len(climate.names), checkpoint["step"] if checkpoint else 0
-    config = Config(C, C if meta["masked"] else 0, c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap)
+    blank = condition_channels(meta, torch.zeros(1, C, 1, 1, 1), torch.zeros(1))
+    config = Config(C, 0 if blank is None else blank.shape[1], c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap)
     network = UNet(config).to(device)
+    network.checkpoint_activations = c.checkpoint_activations
     local = lambda tensors: [t.to_local() if isinstance(t, DTensor) else t for t in tensors]  # this rank's shard
 
     def lerp(averaged, current, n):  # a short memory at first
@@ -526,10 +596,10 @@ def main(argv=None):
             if c.shard:
                 network.set_requires_gradient_sync(last)
             with nullcontext() if last or world == 1 or c.shard else model.no_sync():
-                x, mask, logsnr, eps, _ = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
-                loss, v_error = batch_loss(run, c, meta, x, mask, logsnr, eps)
+                b = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
+                loss, v_error = batch_loss(run, c, meta, b)
                 (loss.mean() * world / c.gradient_accumulation_steps).backward()
-            seen.append((loss.detach(), v_error, logsnr))
+            seen.append((loss.detach(), v_error, b.logsnr))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.grad_clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = (~torch.isfinite(norm)).float()
