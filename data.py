@@ -357,11 +357,155 @@ def clips(climate, starts, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
 
-TRANSFORMS = {  # g, its inverse, its slope; odd functions, so that they hold for either sign; s is a typical |x|
-    "none": (lambda x, s: x, lambda y, s: y, lambda x, s: np.ones_like(x)),
-    "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y), lambda x, s: 0.5 / np.sqrt(np.abs(x))),
-    "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3, lambda x, s: 1 / (3 * np.cbrt(x) ** 2)),
-    "log": (lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s), lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s, lambda x, s: 1 / (s + np.abs(x))),
+GAP = 0.5  # of `censored`: the dry value lies this far below the lightest rain, in Gaussian scores
+HIDDEN, LEAST_SLOPE, LEARNT_FITS = 16, 0.1, 400  # of `learnt`: units per layer, minimum gradient, steps before training
+normal_cdf = lambda y: torch.special.ndtr(torch.as_tensor(y, dtype=torch.float64)).numpy()
+normal_quantile = lambda p: torch.special.ndtri(torch.as_tensor(p, dtype=torch.float64)).numpy()
+
+
+def fit_scale(x, floor):
+    """A typical |x|, all that the closed forms need."""
+    return {"scale": float(np.median(np.abs(x[x != 0])))}
+
+
+def fit_quantile(x, floor, gap=0.0):
+    """Gaussian scores: a monotone table of y = Phi^-1(share of training values up to x), linear between its knots.
+
+    Knots are even in y as far as 20 training values lie beyond them; then come the extremes, then a straight line with
+    the slope of the last unit of y. An atom at the floor is one value, `gap` below the score at which the rest begins.
+    """
+    n, rest = len(x), x if floor is None else x[x > floor]
+    share = len(rest) / n
+    tail = max(min(20 / n, 0.05 * share), 0.7 / n)
+    edge, last = normal_quantile([tail if floor is None else 1 - share, 1 - tail])
+    Y = np.linspace(edge, last, 257)
+    X = np.quantile(rest, np.clip((normal_cdf(Y) - 1 + share) / share, 0, 1))
+    extremes = normal_quantile([0.5 / n, 1 - 0.5 / n])
+    X, Y = np.append(X, x.max()), np.append(Y, extremes[1])
+    if floor is None:
+        X, Y = np.append(x.min(), X), np.append(extremes[0], Y)
+    else:
+        X[0] = floor
+    X, tied = np.unique(X, return_inverse=True)
+    Y = np.bincount(tied, Y) / np.bincount(tied)
+    slope = X[-1] - np.interp(Y[-1] - 1, Y, X), np.interp(Y[0] + 1, Y, X) - X[0]
+    X, Y = np.append(X, X[-1] + 1e3 * slope[0]), np.append(Y, Y[-1] + 1e3)
+    if floor is None:
+        X, Y = np.append(X[0] - 1e3 * slope[1], X), np.append(Y[0] - 1e3, Y)
+    return {"x": torch.from_numpy(X), "y": torch.from_numpy(Y), "dry": None if floor is None else float(edge - gap)}
+
+
+def fit_censored(x, floor):
+    """`quantile` with the dry atom set apart: halfway across the gap inversion decides, so dry is exactly dry."""
+    if floor is None:
+        raise InputError("transform 'censored' is for a variable with an atom at its minimum (dry cells): use quantile")
+    return fit_quantile(x, floor, GAP)
+
+
+def monotone(u, weights):
+    """An increasing network of one number, 1 -> 16 -> 16 -> 1: every weight is a softplus. u (K,) -> (K,)"""
+    h = u[:, None]
+    for W, b in zip(weights[:-1:2], weights[1::2]):
+        h = torch.tanh(h @ torch.nn.functional.softplus(W) + b)  # (K, 16)
+    return LEAST_SLOPE * u + (h @ torch.nn.functional.softplus(weights[-1]))[:, 0]
+
+
+def learnt_table(f):
+    """Standardised y at the knots (K,), and the mean of log dy/dx over all training values: differentiable.
+
+    The transform is linear between knots, so mean and variance of the training values, and with them the gradient
+    through the normalisation, are exact from three moments per interval. Dry cells have no slope and count 0.
+    """
+    share, first, second, wet = f["moments"]  # (K - 1,) each: shares of the values, sums of t and t^2 in the interval, wet share
+    Y = monotone((f["x"] - f["centre"]) / f["scale"], f["weights"])
+    y, d = Y[:-1], Y.diff()
+    mean = (share * y + first * d).sum()
+    std = ((share * y**2 + 2 * first * y * d + second * d**2).sum() - mean**2).sqrt()
+    return (Y - mean) / std, (wet * (d / f["x"].diff() / std).log()).sum()
+
+
+def fit_learnt(x, floor):
+    """The dissertation's learnt transform: `monotone`, tabulated. Maximises the mean log slope at unit variance.
+
+    That is the change-of-variables term alone, whose best y is normal; train.py goes on jointly with the network.
+    """
+    low, high, rest = x.min(), x.max(), x if floor is None else x[x > floor]
+    X = np.concatenate([np.quantile(rest, np.linspace(0, 1, 257)), np.linspace(low - (high - low) / 2, high + (high - low) / 2, 256)])
+    X = np.unique(np.concatenate([X, [low, high + 1e3 * (high - low), low - 1e3 * (high - low)]]))
+    i = np.clip(np.searchsorted(X, x, "right") - 1, 0, len(X) - 2)
+    t = (x - X[i]) / (X[i + 1] - X[i])
+    wet = np.ones_like(x) if floor is None else (x > floor)
+    g, inverse_softplus = torch.Generator().manual_seed(0), lambda a: torch.log(torch.expm1(a))
+    sizes = ((1, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1))
+    weights = [torch.randn(s, generator=g, dtype=torch.float64) * 0.1 + inverse_softplus(torch.tensor(1 / s[0], dtype=torch.float64)) for s in sizes]
+    weights[0] = inverse_softplus(torch.logspace(-0.5, 1.5, HIDDEN, dtype=torch.float64))[None]  # from the bulk to the lightest rain
+    weights[1:1] = [torch.zeros(HIDDEN, dtype=torch.float64)]
+    weights[3:3] = [torch.zeros(HIDDEN, dtype=torch.float64)]
+    moments = torch.from_numpy(np.stack([np.bincount(i, a, len(X) - 1) for a in (np.ones_like(x), t, t**2, wet)]) / len(x))
+    f = {"x": torch.from_numpy(X), "dry": None, "centre": float(np.median(x)), "scale": float(x.std()), "moments": moments, "weights": weights}
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam([w.requires_grad_() for w in weights], 0.03)
+        for _ in range(LEARNT_FITS):
+            optimizer.zero_grad()
+            (-learnt_table(f)[1]).backward()
+            optimizer.step()
+    f["y"] = learnt_table(f)[0].detach()
+    return f
+
+
+def learn(physical, x, transform):
+    """Standardised clips x (B, C, T, H, W) made again with gradients into learnt transforms, and the gain: the mean log
+    slope per entry, the change-of-variables term that the loss falls by. On x's device."""
+    x, gain = x.clone(), 0
+    for i, f in enumerate(transform):
+        if "weights" in f:
+            Y, slope = learnt_table(f)
+            v = torch.from_numpy(physical[:, i]).double()  # (B, T, H, W)
+            k = (torch.searchsorted(f["x"], v.nan_to_num(f["centre"]), right=True) - 1).clamp(0, len(Y) - 2)
+            t = ((v - f["x"][k]) / f["x"].diff()[k]).to(x)
+            Y = Y.to(x)
+            k = k.to(x.device)
+            x[:, i] = torch.where(t.isfinite(), torch.lerp(Y[k], Y[k + 1], t.nan_to_num()), x[:, i])
+            gain = gain + slope / len(transform)
+    return x, gain
+
+
+def refresh(transform, freeze=False):
+    """Tables of the learnt transforms after a step of their weights; frozen, they are tables and no more."""
+    for f in transform:
+        if "weights" in f:
+            f["y"] = learnt_table(f)[0].detach()
+            used = f["moments"][0].nonzero().flatten()
+            f["low"], f["high"] = float(f["y"][used[0]]), float(f["y"][used[-1] + 1])
+            if freeze:
+                del f["weights"], f["moments"]
+
+
+def to_table(x, f):
+    y = np.interp(x, f["x"], f["y"])
+    return y if f["dry"] is None else np.where(x <= f["floor"], f["dry"], y)
+
+
+def from_table(y, f):
+    x = np.interp(y, f["y"], f["x"])
+    return x if f["dry"] is None else np.where(y < (f["dry"] + float(f["y"][0])) / 2, f["floor"], x)
+
+
+def table_slope(x, f):
+    X, Y = f["x"].numpy(), f["y"].numpy()
+    return (np.diff(Y) / np.diff(X))[np.clip(np.searchsorted(X, x) - 1, 0, len(X) - 2)]
+
+
+away = lambda x, f: np.maximum(np.abs(x), 1e-6 * f["scale"])  # the slope of a root at exactly 0 is infinite
+TRANSFORMS = {  # fit(x, floor) -> f of plain values and tensors; g(x, f), its inverse(y, f), its slope(x, f). The closed
+    # forms are odd functions, so that they hold for either sign
+    "none": (fit_scale, lambda x, f: x, lambda y, f: y, lambda x, f: np.ones_like(x)),
+    "sqrt": (fit_scale, lambda x, f: np.sign(x) * np.sqrt(np.abs(x)), lambda y, f: y * np.abs(y), lambda x, f: 0.5 / np.sqrt(away(x, f))),
+    "cbrt": (fit_scale, lambda x, f: np.cbrt(x), lambda y, f: y**3, lambda x, f: 1 / (3 * np.cbrt(away(x, f)) ** 2)),
+    "log": (fit_scale, lambda x, f: np.sign(x) * np.log1p(np.abs(x) / f["scale"]), lambda y, f: np.sign(y) * np.expm1(np.abs(y)) * f["scale"], lambda x, f: 1 / (f["scale"] + np.abs(x))),
+    "quantile": (fit_quantile, to_table, from_table, table_slope),
+    "censored": (fit_censored, to_table, from_table, table_slope),
+    "learnt": (fit_learnt, to_table, from_table, table_slope),
 }
 
 
@@ -390,17 +534,18 @@ def fit_transform(climate, train_starts, frames, names):
         floor = float(x.min()) if np.mean(x == x.min()) > 0.05 else None
         if name == "auto":
             name = "cbrt" if floor == 0 else "none"
-        scale = float(np.median(np.abs(x[x != 0])))
-        y = TRANSFORMS[name][0](x, scale)
+        fit, g, *_ = TRANSFORMS[name]
+        f = {"name": name, "floor": floor, **fit(x, floor)}
+        y = g(x, f)
         mean, std = float(y.mean()), float(y.std())
         low, high = float((y.min() - mean) / std), float((y.max() - mean) / std)  # range of the standardised values
-        fitted.append({"name": name, "scale": scale, "floor": floor, "mean": mean, "std": std, "low": low, "high": high})
+        fitted.append({**f, "mean": mean, "std": std, "low": low, "high": high})
     return fitted
 
 
 def normalise(x, transform):
     """Physical (..., C, T, H, W) with NaN -> standardised torch float32 with 0 for no data, and the mask (1 is data)."""
-    y = np.stack([(TRANSFORMS[f["name"]][0](x[..., i, :, :, :], f["scale"]) - f["mean"]) / f["std"] for i, f in enumerate(transform)], -4)
+    y = np.stack([(TRANSFORMS[f["name"]][1](x[..., i, :, :, :], f) - f["mean"]) / f["std"] for i, f in enumerate(transform)], -4)
     mask = np.isfinite(y)
     return torch.from_numpy(np.where(mask, y, 0).astype(np.float32)), torch.from_numpy(mask.astype(np.float32))
 
@@ -408,7 +553,7 @@ def normalise(x, transform):
 def denormalise(y, transform, valid=None):
     """The inverse, (..., C, T, H, W) torch -> numpy float32; never below a variable's floor; NaN where valid (C, 1, H, W) is 0."""
     y = y.detach().cpu().numpy().astype(np.float64)
-    x = np.stack([TRANSFORMS[f["name"]][1](y[..., i, :, :, :] * f["std"] + f["mean"], f["scale"]) for i, f in enumerate(transform)], -4)
+    x = np.stack([TRANSFORMS[f["name"]][2](y[..., i, :, :, :] * f["std"] + f["mean"], f) for i, f in enumerate(transform)], -4)
     for i, f in enumerate(transform):
         if f["floor"] is not None:
             x[..., i, :, :, :] = np.maximum(x[..., i, :, :, :], f["floor"])
@@ -424,9 +569,7 @@ def log_slope(x, transform):
         return None
     parts = []
     for i, f in enumerate(transform):
-        v = x[:, i].astype(np.float64)
-        v = np.where(np.abs(v) < 1e-6 * f["scale"], 1e-6 * f["scale"], v)  # the slope of a root at exactly 0 is infinite
-        parts.append(np.log(TRANSFORMS[f["name"]][2](v, f["scale"]) / f["std"]))
+        parts.append(np.log(TRANSFORMS[f["name"]][3](x[:, i].astype(np.float64), f) / f["std"]))
     return torch.from_numpy(np.nansum(np.stack(parts, 1), axis=(1, 2, 3, 4)))
 
 
