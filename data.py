@@ -477,8 +477,8 @@ def fit_learnt(x, floor):
             optimizer.zero_grad()
             (-learnt_table(f)[1]).backward()
             optimizer.step()
-    f["y"] = learnt_table(f)[0].detach()
-    return f
+    f["weights"] = [w.detach() for w in weights]  # without the last gradient
+    return f | {"y": learnt_table(f)[0]}
 
 
 def learn(physical, x, transform):
