@@ -457,19 +457,17 @@ def fit_learnt(x, floor):
 
     That is the change-of-variables term alone, whose best y is normal; train.py goes on jointly with the network.
     """
-    low, high, rest = x.min(), x.max(), x if floor is None else x[x > floor]
-    X = np.concatenate([np.quantile(rest, np.linspace(0, 1, 257)), np.linspace(low - (high - low) / 2, high + (high - low) / 2, 256)])
-    X = np.unique(np.concatenate([X, [low, high + 1e3 * (high - low), low - 1e3 * (high - low)]]))
+    low, reach, rest = x.min(), np.ptp(x), x if floor is None else x[x > floor]
+    X = np.unique(np.concatenate([np.quantile(rest, np.linspace(0, 1, 257)), low + reach * np.linspace(-0.5, 1.5, 257), low + reach * np.array([-1e3, 0, 1e3])]))
+    X = X[np.append(True, np.diff(X) > 1e-9 * reach)]  # closer knots have no slope in float64
     i = np.clip(np.searchsorted(X, x, "right") - 1, 0, len(X) - 2)
     t = (x - X[i]) / (X[i + 1] - X[i])
-    wet = np.ones_like(x) if floor is None else (x > floor)
-    g, inverse_softplus = torch.Generator().manual_seed(0), lambda a: torch.log(torch.expm1(a))
-    sizes = ((1, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1))
-    weights = [torch.randn(s, generator=g, dtype=torch.float64) * 0.1 + inverse_softplus(torch.tensor(1 / s[0], dtype=torch.float64)) for s in sizes]
-    weights[0] = inverse_softplus(torch.logspace(-0.5, 1.5, HIDDEN, dtype=torch.float64))[None]  # from the bulk to the lightest rain
-    weights[1:1] = [torch.zeros(HIDDEN, dtype=torch.float64)]
-    weights[3:3] = [torch.zeros(HIDDEN, dtype=torch.float64)]
+    wet = np.ones_like(x) if floor is None else x > floor
     moments = torch.from_numpy(np.stack([np.bincount(i, a, len(X) - 1) for a in (np.ones_like(x), t, t**2, wet)]) / len(x))
+    g = torch.Generator().manual_seed(0)
+    raw = lambda a, *shape: torch.log(torch.expm1(torch.as_tensor(a, dtype=torch.float64))) + 0.1 * torch.randn(shape, generator=g, dtype=torch.float64)
+    bias = lambda: torch.zeros(HIDDEN, dtype=torch.float64)
+    weights = [raw(torch.logspace(-0.5, 1.5, HIDDEN), 1, HIDDEN), bias(), raw(1 / HIDDEN, HIDDEN, HIDDEN), bias(), raw(1 / HIDDEN, HIDDEN, 1)]  # wide and narrow steps
     f = {"x": torch.from_numpy(X), "dry": None, "centre": float(np.median(x)), "scale": float(x.std()), "moments": moments, "weights": weights}
     with torch.enable_grad():
         optimizer = torch.optim.Adam([w.requires_grad_() for w in weights], 0.03)
@@ -490,10 +488,8 @@ def learn(physical, x, transform):
             Y, slope = learnt_table(f)
             v = torch.from_numpy(physical[:, i]).double()  # (B, T, H, W)
             k = (torch.searchsorted(f["x"], v.nan_to_num(f["centre"]), right=True) - 1).clamp(0, len(Y) - 2)
-            t = ((v - f["x"][k]) / f["x"].diff()[k]).to(x)
-            Y = Y.to(x)
-            k = k.to(x.device)
-            x[:, i] = torch.where(t.isfinite(), torch.lerp(Y[k], Y[k + 1], t.nan_to_num()), x[:, i])
+            t = (v - f["x"][k]) / f["x"].diff()[k]
+            x[:, i] = torch.where(t.isfinite(), torch.lerp(Y[k], Y[k + 1], t.nan_to_num()).float(), x[:, i].cpu()).to(x)
             gain = gain + slope / len(transform)
     return x, gain
 
@@ -717,8 +713,8 @@ def row(unit, error, noise, *values):
     """A line of the table: the values of samples, held-out data and exact law where known, the error (a fraction where the
     unit is % or pt), and its 95 % bootstrap interval; of a distance, which has no values, the 95 % bound of what the
     sampling error alone gives. A difference inside the sampling error is marked as such."""
-    interval = None  # of one clip or block nothing is known
-    if np.isfinite(noise).all() and np.ptp(noise) > 0:
+    interval = None
+    if np.isfinite(noise).all():
         interval = (error - np.quantile(noise, (0.975, 0.025))).tolist() if values else [0.0, float(np.quantile(noise, 0.95))]
     within = interval is not None and (interval[0] <= 0 <= interval[1] if values else error <= interval[1])
     number = lambda v: float(v) if np.isfinite(v) else None
@@ -749,7 +745,8 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
     Errors are against the exact law where one is given (rain_law), else against the held-out clips; those of mean,
     quantiles, maxima and the mean map are relative for a variable with a floor (rain) and in units of the true standard
     deviation otherwise (relative errors of kelvins mean nothing). weights: (H,) area of the rows, or None.
-    Sampling errors: samples are independent, held-out clips are not, so they are resampled in blocks of about sqrt(N).
+    Sampling errors: samples are independent, held-out clips are not, so they are resampled in blocks of about sqrt(N);
+    fewer than five blocks say nothing of them.
     """
     exact, weights = exact or {}, np.ones(samples.shape[2]) if weights is None else weights
     centre, wet = float(np.nanmean(truth, dtype=np.float64)), math.inf if floor is None else floor + dry
@@ -759,7 +756,8 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
         edges += [np.quantile(a[np.isfinite(a)], [*LEVELS, *normal_cdf(np.linspace(-4.5, 4.5, 181))])]
         edges += [np.quantile(np.where(np.isfinite(a), a, -np.inf).max((1, 2, 3)), 1 - 1 / np.array(RETURNS))]
     edges = np.unique(np.concatenate(edges).astype(samples.dtype))
-    blocks = [blockwise(a, n, lambda x: tally(x, edges, wet, weights, centre)) for a, n in zip((samples, truth), block_counts(samples, truth))]
+    counts = block_counts(samples, truth)
+    blocks = [blockwise(a, n, lambda x: tally(x, edges, wet, weights, centre)) for a, n in zip((samples, truth), counts)]
     draw = lambda rng=None: [statistics(resample(b, rng), edges, centre) for b in blocks]
     s, t = draw()
     r = t | exact  # what the samples are held against
@@ -775,23 +773,25 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
         d = {k: v - D[k] for k, v in differences(a, b | exact, scale).items()}
         bounds.append(distances(d, edges, area))
         noise.append({k: v for k, v in d.items() if k not in ("map", "cdf")})  # a map per draw would be large
-    noise, bounds = ({k: np.array([n[k] for n in draws]) for k in draws[0]} for draws in (noise, bounds))
+    known_error = 1.0 if min(counts) >= 5 else np.nan
+    noise, bounds = ({k: known_error * np.array([n[k] for n in draws]) for k in draws[0]} for draws in (noise, bounds))
 
-    known = lambda k: {name: v[k] for name, v in (("samples", s), ("held_out", t), ("exact", exact)) if k in v}
+    part, known = "%" if wettable else "std", lambda k: {name: v[k] for name, v in (("samples", s), ("held_out", t), ("exact", exact)) if k in v}
     line = lambda unit, k, *i: row(unit, D[k][i], noise[k][(slice(None), *i)], *(np.asarray(v)[i] for v in known(k).values()))
-    far = {k: row(unit, v, bounds[k]) for (k, v) in distances(D, edges, area).items() for unit in [{"wasserstein": units}.get(k, "dB" if k.endswith("db") else "%")]}
-    rows = {"mean": line("%", "mean"), "standard deviation": line("%", "std")}
+    far = {k: row(unit, v, bounds[k]) for (k, v) in distances(D, edges, area).items() for unit in [{"wasserstein": units, "bias": part}.get(k, "dB" if k.endswith("db") else "%")]}
+    rows = {"mean": line(part, "mean"), "standard deviation": line("%", "std")}
     if wettable:
         rows |= {"dry fraction": line("pt", "dry"), "wet spell, frames": line("%", "wet_spell")}
-    rows |= {f"quantile {l}": line("%", "quantiles", int(np.argmin(np.abs(np.array(LEVELS) - l)))) for l in SHOWN}
-    rows |= {f"clip maximum, 1 in {n}": line("%", "returns", i) for i, n in enumerate(RETURNS)}
+    rows |= {f"quantile {l}": line(part, "quantiles", int(np.argmin(np.abs(np.array(LEVELS) - l)))) for l in SHOWN}
+    rows |= {f"clip maximum, 1 in {n}": line(part, "returns", i) for i, n in enumerate(RETURNS)}
     rows |= {f"autocorrelation, lag {l}": line("", "autocorrelation", l) for l in LAGS if l < samples.shape[1]}
     rows["Wasserstein-1"] = far["wasserstein"]
     rows |= {f"{name}, {label}": far[f"{k} {v}"] for k, name in POWERS.items() for v, label in (("median", "median error"), ("worst", "worst error"), ("db", "distance")) if f"{k} {v}" in far}
     rows["mean |bias| per cell"] = far["bias"]
-    beyond = math.sqrt(max(0.0, far["bias"]["error"] ** 2 - float(np.mean(bounds["bias"])) ** 2))  # independent errors add in squares
+    beyond = math.sqrt(max(0.0, far["bias"]["error"] ** 2 - np.mean(bounds["bias"]) ** 2)) if min(counts) >= 5 else np.nan  # independent errors add in squares
+    rows["mean |bias| beyond sampling"] = row(part, beyond, bounds["bias"] * np.nan)
     curves = {k: {name: v.tolist() for name, v in known(k).items()} for k in ("quantiles", "returns", "autocorrelation", *POWERS)}
-    for k, c in curves.items():  # where perfect samples of this number would lie
+    for k, c in curves.items() if min(counts) >= 5 else ():  # where perfect samples of this number would lie
         c["band"] = [(r[k] + scale.get(k, 1) * q).tolist() for q in np.quantile(noise[k], (0.025, 0.975), axis=0)]
     curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, list(RETURNS)
     curves["spatial_power"]["frequency"], curves["temporal_power"]["frequency"] = (f(np.zeros((1, *samples.shape[1:])))[0].tolist() for f in (spatial_spectrum, temporal_spectrum))
@@ -800,7 +800,7 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
     if wettable:
         curves["wet_spells"] = {name: v.tolist() for name, v in known("spells").items()}
     tidy = lambda a: [[float(f"{v:.4g}") if np.isfinite(v) else None for v in row] for row in a]
-    return {"samples": len(samples), "held_out_clips": len(truth), "rows": rows, "mean_abs_bias_beyond_sampling_error": beyond, "curves": curves,
+    return {"samples": len(samples), "held_out_clips": len(truth), "rows": rows, "curves": curves,
             "mean_map": {"samples": tidy(s["map"]), "reference": tidy(r["map"])}, "bias_map": tidy(D["map"])}  # fmt: skip
 
 

@@ -326,10 +326,10 @@ def verification_picture(path, result, meta, channel):
     text = f"{attrs.get('long_name', name)}: {result['samples']} samples (red) against {result['held_out_clips']} held-out clips (black){' and the exact law (blue)' if law else ''}; grey: where 95 % of perfect sample sets lie"
     ImageDraw.Draw(image).text((12, 8), text, INK, font(14))
 
-    def panel(i, title, xlabel, x, c, logx=False, logy=False, keep=slice(None)):
-        series = [("held-out", x[keep], np.array(c["held_out"])[keep], FIRST, False)] + ([("exact law", x[keep], np.array(c["exact"])[keep], LAW, False)] if "exact" in c else [])
-        series += [("samples", x[keep], np.array(c["samples"])[keep], SECOND, True)]
-        plot(image, box(i), title, xlabel, series, logx, logy, (x[keep], *np.array(c["band"])[:, keep]) if "band" in c else None)
+    def panel(i, title, xlabel, x, c, logx=False, logy=False):
+        series = [("held-out", x, c["held_out"], FIRST, False)] + ([("exact law", x, c["exact"], LAW, False)] if "exact" in c else [])
+        series += [("samples", x, c["samples"], SECOND, len(x) < 60)]
+        plot(image, box(i), title, xlabel, series, logx, logy, (x, *c["band"]) if "band" in c else None)
 
     h, q = curves["histogram"], curves["quantiles"]
     panel(0, "share of the cells, per bin", units, np.convolve(h["edges"], (0.5, 0.5), "valid"), h, logy=True)
@@ -337,7 +337,7 @@ def verification_picture(path, result, meta, channel):
     panel(1, f"quantiles, {units}, 0 to 0.999998", f"{'exact law' if law else 'held-out'}, {units}", reference, q)
     panel(2, f"maximum of a clip, {units}", "return period, clips", np.array(curves["returns"]["clips"]), curves["returns"], logx=True)
     for i, (k, x, label) in enumerate((("spatial_power", 1, "cycles per cell"), ("temporal_power", meta["step_hours"], "cycles per hour"))):
-        panel(3 + i, f"{data.POWERS[k]}, ({units})^2", label, np.array(curves[k]["frequency"]) / x, curves[k], True, True)
+        panel(3 + i, f"{data.POWERS[k]}, {f'({units})' if ' ' in units else units}^2", label, np.array(curves[k]["frequency"]) / x, curves[k], True, True)
     panel(5, "autocorrelation", "lag, hours", np.arange(len(curves["autocorrelation"]["samples"])) * meta["step_hours"], curves["autocorrelation"])
     field = lambda a: oriented(np.array(a, dtype=float), meta)
     maps, bias = [field(result["mean_map"][k]) for k in ("samples", "reference")], field(result["bias_map"])
@@ -383,7 +383,7 @@ def theory_picture(path, denoise, x, grid, step, noise, meta):
 
 def shown(value, unit, plus="+"):
     """An error in its unit: fractions as per cent or points."""
-    digits, factor = {"%": (".1%", 1), "pt": (".2f", 100), "dB": (".2f", 1)}.get(unit, (".4f", 1))
+    digits, factor = {"%": (".1%", 1), "pt": (".2f", 100), "dB": (".2f", 1), "std": (".3f", 1)}.get(unit, (".4f", 1))
     return f"{factor * value:{plus}{digits}}"
 
 
@@ -396,10 +396,9 @@ def print_table(name, units, r):
         if e["error"] is None:
             interval = error = "-"
         else:
-            error = shown(e["error"], e["unit"], "+" if e["values"] else "") + (f" {e['unit']}" if e["unit"] in ("pt", "dB") else "")
+            error = shown(e["error"], e["unit"], "+" if e["values"] else "") + (f" {e['unit']}" if e["unit"] in ("pt", "dB", "std") else "")
             interval = "" if e["interval"] is None else " .. ".join(shown(v, e["unit"]) for v in e["interval"]) if e["values"] else "by sampling up to " + shown(e["interval"][1], e["unit"], "")
         print(f"  {label:<30}{values:<{11 * len(columns)}}{error:>11}  {'~' if e['within_sampling_error'] else ' '} {interval}")
-    print(f"  {'mean |bias| beyond sampling':<{30 + 11 * len(columns)}}{r['mean_abs_bias_beyond_sampling_error']:>11.1%}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,8 +496,8 @@ def run_experiment(c):
         report = next(iter(json.loads((sampled / "samples/verify.json").read_text()).values()))
         rows, curves = report["rows"], report["curves"]
         power = [np.median(np.divide(curves[k]["samples"], curves[k]["held_out"])) - 1 if curves[k]["samples"] else math.nan for k in data.POWERS]
-        errors = [rows[f"quantile {l}"]["error"] for l in data.SHOWN] + power + [rows["mean |bias| per cell"]["error"], report["mean_abs_bias_beyond_sampling_error"]]
-        lines.append(f"{name:<30}" + "".join(f"{e:>+9.1%}" for e in errors[:6]) + "".join(f"{e:>9.3f}" for e in errors[6:]) + f"  {seen or ' '.join(filter(None, (for_train, for_sample, f'--max_iters={share:g} x budget' if share != 1 else '')))}")
+        errors = [rows[f"quantile {l}"]["error"] for l in data.SHOWN] + power + [rows[f"mean |bias| {k}"]["error"] for k in ("per cell", "beyond sampling")]
+        lines.append(f"{name:<30}" + "".join(f"{e:>+9.1%}" for e in errors[:6]) + "".join(f"{math.nan if e is None else e:>9.3f}" for e in errors[6:]) + f"  {seen or ' '.join(filter(None, (for_train, for_sample, f'--max_iters={share:g} x budget' if share != 1 else '')))}")
     print(f"\n{c.budget} training steps each{' of train.py ' + c.train_args if c.train_args else ''}; errors of quantiles and power, |bias| per cell and beyond sampling error")
     print(f"{'':<30}" + "".join(f"{t:>9}" for t in (*data.SHOWN, "space", "time", "|bias|", "beyond")) + ("  the dissertation, on UKCP18 rain" if c.experiment == "dissertation" else "  settings"))
     print("\n".join(lines))
