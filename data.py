@@ -424,7 +424,7 @@ def fit_quantile(x, floor, gap=0.0):
 
 
 def fit_censored(x, floor):
-    """`quantile` with the dry atom set apart: halfway across the gap inversion decides, so dry is exactly dry."""
+    """`quantile` with the dry atom set apart: an estimate of a dry cell may err by the gap, and it is exactly dry."""
     if floor is None:
         raise InputError("transform 'censored' is for a variable with an atom at its minimum (dry cells): use quantile")
     return fit_quantile(x, floor, GAP)
@@ -511,8 +511,7 @@ def to_table(x, f):
 
 
 def from_table(y, f):
-    x = np.interp(y, f["y"], f["x"])
-    return x if f["dry"] is None else np.where(y < (f["dry"] + float(f["y"][0])) / 2, f["floor"], x)
+    return np.interp(y, f["y"], f["x"])  # the first knot of a table with an atom is the floor: all below it is dry
 
 
 def table_slope(x, f):
@@ -773,12 +772,14 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
         d = {k: v - D[k] for k, v in differences(a, b | exact, scale).items()}
         bounds.append(distances(d, edges, area))
         noise.append({k: v for k, v in d.items() if k not in ("map", "cdf")})  # a map per draw would be large
-    known_error = 1.0 if min(counts) >= 5 else np.nan
-    noise, bounds = ({k: known_error * np.array([n[k] for n in draws]) for k in draws[0]} for draws in (noise, bounds))
+    enough = min(counts) >= 5
+    noise, bounds = ({k: np.where(enough, [n[k] for n in draws], np.nan) for k in draws[0]} for draws in (noise, bounds))
 
-    part, known = "%" if wettable else "std", lambda k: {name: v[k] for name, v in (("samples", s), ("held_out", t), ("exact", exact)) if k in v}
+    known = lambda k: {name: v[k] for name, v in (("samples", s), ("held_out", t), ("exact", exact)) if k in v}
     line = lambda unit, k, *i: row(unit, D[k][i], noise[k][(slice(None), *i)], *(np.asarray(v)[i] for v in known(k).values()))
-    far = {k: row(unit, v, bounds[k]) for (k, v) in distances(D, edges, area).items() for unit in [{"wasserstein": units, "bias": part}.get(k, "dB" if k.endswith("db") else "%")]}
+    part = "%" if wettable else "std"
+    unit = lambda k: {"wasserstein": units, "bias": part}.get(k, "dB" if k.endswith("db") else "%")
+    far = {k: row(unit(k), v, bounds[k]) for k, v in distances(D, edges, area).items()}
     rows = {"mean": line(part, "mean"), "standard deviation": line("%", "std")}
     if wettable:
         rows |= {"dry fraction": line("pt", "dry"), "wet spell, frames": line("%", "wet_spell")}
@@ -788,10 +789,11 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
     rows["Wasserstein-1"] = far["wasserstein"]
     rows |= {f"{name}, {label}": far[f"{k} {v}"] for k, name in POWERS.items() for v, label in (("median", "median error"), ("worst", "worst error"), ("db", "distance")) if f"{k} {v}" in far}
     rows["mean |bias| per cell"] = far["bias"]
-    beyond = math.sqrt(max(0.0, far["bias"]["error"] ** 2 - np.mean(bounds["bias"]) ** 2)) if min(counts) >= 5 else np.nan  # independent errors add in squares
-    rows["mean |bias| beyond sampling"] = row(part, beyond, bounds["bias"] * np.nan)
+    beyond = math.sqrt(max(0.0, far["bias"]["error"] ** 2 - np.mean(bounds["bias"]) ** 2)) if enough else np.nan  # independent errors add in squares
+    rows["mean |bias| beyond sampling"] = row(part, beyond, np.nan)
+
     curves = {k: {name: v.tolist() for name, v in known(k).items()} for k in ("quantiles", "returns", "autocorrelation", *POWERS)}
-    for k, c in curves.items() if min(counts) >= 5 else ():  # where perfect samples of this number would lie
+    for k, c in curves.items() if enough else ():  # where perfect samples of this number would lie
         c["band"] = [(r[k] + scale.get(k, 1) * q).tolist() for q in np.quantile(noise[k], (0.025, 0.975), axis=0)]
     curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, list(RETURNS)
     curves["spatial_power"]["frequency"], curves["temporal_power"]["frequency"] = (f(np.zeros((1, *samples.shape[1:])))[0].tolist() for f in (spatial_spectrum, temporal_spectrum))
@@ -799,7 +801,7 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
     curves["histogram"] = {"edges": bins[::6].tolist(), "samples": share(s["cdf"]).tolist(), "held_out": share(t["cdf"]).tolist()}
     if wettable:
         curves["wet_spells"] = {name: v.tolist() for name, v in known("spells").items()}
-    tidy = lambda a: [[float(f"{v:.4g}") if np.isfinite(v) else None for v in row] for row in a]
+    tidy = lambda a: [[float(f"{v:.4g}") if np.isfinite(v) else None for v in values] for values in a]
     return {"samples": len(samples), "held_out_clips": len(truth), "rows": rows, "curves": curves,
             "mean_map": {"samples": tidy(s["map"]), "reference": tidy(r["map"])}, "bias_map": tidy(D["map"])}  # fmt: skip
 

@@ -480,8 +480,9 @@ def main(argv=None):
     groups = [{"params": [p for p in network.parameters() if p.ndim >= 2]}, {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
     skipped, in_a_row = torch.zeros(2, device=device)  # steps without a finite gradient; on the device: no synchronisation
-    # A learnt transform moves under the network while it learns, so it does that first, with the linear part of the transform
-    # as fitted; then it is frozen and mean and modes are measured again. It is a table all the time, in the checkpoint too
+    # A learnt transform moves the data under the network while it learns. So it does that first, while mean and modes stay
+    # those of its first fit (the network learns what they miss), and is then frozen and they are measured again. Its weights,
+    # and the table they make, are in the checkpoint's description of the data: resumed, it learns on
     learning = [w.requires_grad_() for f in meta["transform"] for w in f.get("weights", [])]
     transform_optimizer = torch.optim.Adam(learning or [torch.zeros(0)])
     earlier = []  # losses of the last run that are not yet in the log
@@ -526,7 +527,8 @@ def main(argv=None):
     network.train()
     while step < c.max_iters and not stop:
         if learning and step >= c.transform_iters:
-            learning = data.refresh(meta["transform"], freeze=True)
+            learning = []
+            data.refresh(meta["transform"], freeze=True)
             meta["mean"], meta["modes"] = mean_and_modes(climate, train_starts, c, meta["transform"])
             run = run_network(model, device, amp, c, meta)
         lr = learning_rate_at(step, c)
