@@ -385,7 +385,7 @@ def clips(climate, starts, frames):
 # ----------------------------------------------------------------------------------------------------------------------
 # transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
 
-GAP = 0.5  # of `censored`: the dry value lies this far below the lightest rain, in Gaussian scores
+GAP = 0.25  # of `censored`: the dry value lies this far below the lightest rain, in Gaussian scores; wider gaps make more dry cells
 HIDDEN, LEAST_SLOPE, LEARNT_FITS = 16, 0.1, 400  # of `learnt`: units per layer, minimum gradient, steps before training
 normal_cdf = lambda y: torch.special.ndtr(torch.as_tensor(y, dtype=torch.float64)).numpy()
 normal_quantile = lambda p: torch.special.ndtri(torch.as_tensor(p, dtype=torch.float64)).numpy()
