@@ -71,6 +71,35 @@ def rain_cdf(q, size):
     return np.mean([torch.special.ndtr(torch.from_numpy(threshold(k) + root)).numpy() for k in range(4)], axis=0)
 
 
+def rain_law(size, levels, dry=0.01):
+    """Exact statistics of `climate` over whole years, all cells together: mean, std, share of dry cells (up to `dry`
+    mm/h), quantiles at the levels (below 1), and the mean of every cell (size, size)."""
+    z, p = np.linspace(0, 12, 20001), RATE * orography(size).astype(np.float64)
+    moment = lambda n: p**n * np.mean([np.trapezoid(z ** (n * POWER) * np.exp(-((z + threshold(k)) ** 2) / 2), z) for k in range(4)]) / math.sqrt(2 * math.pi)
+    low, high = np.zeros(len(levels)), np.full(len(levels), p.max() * 10**POWER)
+    for _ in range(60):  # bisection
+        middle = (low + high) / 2
+        below = rain_cdf(middle, size).mean((1, 2)) < levels
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    dry = rain_cdf([dry], size).mean()
+    return {"mean": moment(1).mean(), "std": math.sqrt(moment(2).mean() - moment(1).mean() ** 2), "dry": dry, "quantiles": high.round(9), "map": moment(1)}
+
+
+def rain(z, c):
+    """Rain in mm/h of a latent field z (..., size, size) with threshold c, a number or a tensor that broadcasts."""
+    return torch.from_numpy(RATE * orography(z.shape[-1])) * (z - c).clamp(min=0) ** POWER
+
+
+def latent_modes(frames, size):
+    """The exact law of a latent clip on the whole periodic box, by Fourier mode (M = 2 size): every mode is a series of
+    `frames` independent of the others. Its variances (M, M, T) in units of white noise and unitary modes (M, M, T, T)."""
+    S, rate, phase = spectrum(size)
+    lag = torch.arange(frames, dtype=torch.float64)[:, None] - torch.arange(frames)  # (T, T)
+    C = S[..., None, None] * torch.exp(-lag.abs() * rate[..., None, None] - 1j * lag * phase[..., None, None])
+    w, U = torch.linalg.eigh(C)
+    return (2 * size) ** 2 * w.clamp(min=0), U
+
+
 def generate(path, kind, size, seed):
     """Write the built-in data: (SEASONS * SEASON_HOURS, size, size) float32 .npy, through a temporary file."""
     S, rate, phase = spectrum(size)
@@ -78,7 +107,6 @@ def generate(path, kind, size, seed):
     decay = torch.exp(-rate - 1j * phase).to(torch.complex64)
     kick = (S * -torch.expm1(-2 * rate)).sqrt().to(torch.complex64)
     draw = lambda: math.sqrt(2) * torch.randn(SEASONS // 2, *S.shape, dtype=torch.complex64, generator=generator)
-    scale = torch.from_numpy(RATE * orography(size))
     c = torch.from_numpy(threshold(np.arange(SEASONS))).float()[:, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -91,7 +119,7 @@ def generate(path, kind, size, seed):
         for hour in tqdm(range(SEASON_HOURS), desc=f"making {path}", unit="h"):
             field = torch.fft.ifft2(z, norm="forward")[:, :size, :size]  # real and imaginary part: two seasons
             field = torch.stack([field.real, field.imag], 1).flatten(0, 1)  # (SEASONS, size, size)
-            out[:, hour] = field if kind == "gaussian" else scale * (field - c).clamp(min=0) ** POWER
+            out[:, hour] = field if kind == "gaussian" else rain(field, c)
             z = decay * z + kick * draw()
         out.flush()
         del out
@@ -456,11 +484,150 @@ def condition_values(climate, fitted, index, hours=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
 
-TRANSFORMS = {  # g, its inverse, its slope; odd functions, so that they hold for either sign; s is a typical |x|
-    "none": (lambda x, s: x, lambda y, s: y, lambda x, s: np.ones_like(x)),
-    "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y), lambda x, s: 0.5 / np.sqrt(np.abs(x))),
-    "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3, lambda x, s: 1 / (3 * np.cbrt(x) ** 2)),
-    "log": (lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s), lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s, lambda x, s: 1 / (s + np.abs(x))),
+GAP = 0.25  # of `censored`: the dry value lies this far below the lightest rain, in Gaussian scores; wider gaps make more dry cells
+HIDDEN, LEAST_SLOPE, LEARNT_FITS = 16, 0.1, 400  # of `learnt`: units per layer, minimum gradient, steps before training
+normal_cdf = lambda y: torch.special.ndtr(torch.as_tensor(y, dtype=torch.float64)).numpy()
+normal_quantile = lambda p: torch.special.ndtri(torch.as_tensor(p, dtype=torch.float64)).numpy()
+
+
+def fit_scale(x, floor):
+    """A typical |x|, all that the closed forms need."""
+    return {"scale": float(np.median(np.abs(x[x != 0])))}
+
+
+def fit_quantile(x, floor, gap=0.0):
+    """Gaussian scores: a monotone table of y = Phi^-1(share of training values up to x), linear between its knots.
+
+    Knots are even in y as far as 20 training values lie beyond them; then come the extremes, then a straight line with
+    the slope of the last unit of y. An atom at the floor is one value, `gap` below the score at which the rest begins.
+    """
+    n, rest = len(x), x if floor is None else x[x > floor]
+    share = len(rest) / n
+    tail = max(min(20 / n, 0.05 * share), 0.7 / n)
+    edge, last = normal_quantile([tail if floor is None else 1 - share, 1 - tail])
+    Y = np.linspace(edge, last, 257)
+    X = np.quantile(rest, np.clip((normal_cdf(Y) - 1 + share) / share, 0, 1))
+    extremes = normal_quantile([0.5 / n, 1 - 0.5 / n])
+    X, Y = np.append(X, x.max()), np.append(Y, extremes[1])
+    if floor is None:
+        X, Y = np.append(x.min(), X), np.append(extremes[0], Y)
+    else:
+        X[0] = floor
+    X, tied = np.unique(X, return_inverse=True)
+    Y = np.bincount(tied, Y) / np.bincount(tied)
+    slope = X[-1] - np.interp(Y[-1] - 1, Y, X), np.interp(Y[0] + 1, Y, X) - X[0]
+    X, Y = np.append(X, X[-1] + 1e3 * slope[0]), np.append(Y, Y[-1] + 1e3)
+    if floor is None:
+        X, Y = np.append(X[0] - 1e3 * slope[1], X), np.append(Y[0] - 1e3, Y)
+    return {"x": torch.from_numpy(X), "y": torch.from_numpy(Y), "dry": None if floor is None else float(edge - gap)}
+
+
+def fit_censored(x, floor):
+    """`quantile` with the dry atom set apart: an estimate of a dry cell may err by the gap, and it is exactly dry."""
+    if floor is None:
+        raise InputError("transform 'censored' is for a variable with an atom at its minimum (dry cells): use quantile")
+    return fit_quantile(x, floor, GAP)
+
+
+def monotone(u, weights):
+    """An increasing network of one number, 1 -> 16 -> 16 -> 1: every weight is a softplus. u (K,) -> (K,)"""
+    h = u[:, None]
+    for W, b in zip(weights[:-1:2], weights[1::2]):
+        h = torch.tanh(h @ torch.nn.functional.softplus(W) + b)  # (K, 16)
+    return LEAST_SLOPE * u + (h @ torch.nn.functional.softplus(weights[-1]))[:, 0]
+
+
+def learnt_table(f):
+    """Standardised y at the knots (K,), and the mean of log dy/dx over all training values: differentiable.
+
+    The transform is linear between knots, so mean and variance of the training values, and with them the gradient
+    through the normalisation, are exact from three moments per interval. Dry cells have no slope and count 0.
+    """
+    share, first, second, wet = f["moments"]  # (K - 1,) each: shares of the values, sums of t and t^2 in the interval, wet share
+    Y = monotone((f["x"] - f["centre"]) / f["scale"], f["weights"])
+    y, d = Y[:-1], Y.diff()
+    mean = (share * y + first * d).sum()
+    std = ((share * y**2 + 2 * first * y * d + second * d**2).sum() - mean**2).sqrt()
+    return (Y - mean) / std, (wet * (d / f["x"].diff() / std).log()).sum()
+
+
+def fit_learnt(x, floor):
+    """The dissertation's learnt transform: `monotone`, tabulated. Maximises the mean log slope at unit variance.
+
+    That is the change-of-variables term alone, whose best y is normal; train.py goes on jointly with the network.
+    """
+    low, reach, rest = x.min(), np.ptp(x), x if floor is None else x[x > floor]
+    X = np.unique(np.concatenate([np.quantile(rest, np.linspace(0, 1, 257)), low + reach * np.linspace(-0.5, 1.5, 257), low + reach * np.array([-1e3, 0, 1e3])]))
+    X = X[np.append(True, np.diff(X) > 1e-9 * reach)]  # closer knots have no slope in float64
+    i = np.clip(np.searchsorted(X, x, "right") - 1, 0, len(X) - 2)
+    t = (x - X[i]) / (X[i + 1] - X[i])
+    wet = np.ones_like(x) if floor is None else x > floor
+    moments = torch.from_numpy(np.stack([np.bincount(i, a, len(X) - 1) for a in (np.ones_like(x), t, t**2, wet)]) / len(x))
+    g = torch.Generator().manual_seed(0)
+    raw = lambda a, *shape: torch.log(torch.expm1(torch.as_tensor(a, dtype=torch.float64))) + 0.1 * torch.randn(shape, generator=g, dtype=torch.float64)
+    bias = lambda: torch.zeros(HIDDEN, dtype=torch.float64)
+    weights = [raw(torch.logspace(-0.5, 1.5, HIDDEN), 1, HIDDEN), bias(), raw(1 / HIDDEN, HIDDEN, HIDDEN), bias(), raw(1 / HIDDEN, HIDDEN, 1)]  # wide and narrow steps
+    f = {"x": torch.from_numpy(X), "dry": None, "centre": float(np.median(x)), "scale": float(x.std()), "moments": moments, "weights": weights}
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam([w.requires_grad_() for w in weights], 0.03)
+        for _ in range(LEARNT_FITS):
+            optimizer.zero_grad()
+            (-learnt_table(f)[1]).backward()
+            optimizer.step()
+    f["weights"] = [w.detach() for w in weights]  # without the last gradient
+    return f | {"y": learnt_table(f)[0]}
+
+
+def learn(physical, x, transform):
+    """Standardised clips x (B, C, T, H, W) made again with gradients into learnt transforms, and the gain: the mean log
+    slope per entry, the change-of-variables term that the loss falls by. On x's device."""
+    x, gain = x.clone(), 0
+    for i, f in enumerate(transform):
+        if "weights" in f:
+            Y, slope = learnt_table(f)
+            v = torch.from_numpy(physical[:, i]).double()  # (B, T, H, W)
+            k = (torch.searchsorted(f["x"], v.nan_to_num(f["centre"]), right=True) - 1).clamp(0, len(Y) - 2)
+            t = (v - f["x"][k]) / f["x"].diff()[k]
+            x[:, i] = torch.where(t.isfinite(), torch.lerp(Y[k], Y[k + 1], t.nan_to_num()).float(), x[:, i].cpu()).to(x)
+            gain = gain + slope / len(transform)
+    return x, gain
+
+
+def refresh(transform, freeze=False):
+    """Tables of the learnt transforms after a step of their weights; frozen, they are tables and no more."""
+    for f in transform:
+        if "weights" in f:
+            f["y"] = learnt_table(f)[0].detach()
+            used = f["moments"][0].nonzero().flatten()
+            f["low"], f["high"] = float(f["y"][used[0]]), float(f["y"][used[-1] + 1])
+            if freeze:
+                del f["weights"], f["moments"]
+
+
+def to_table(x, f):
+    y = np.interp(x, f["x"], f["y"])
+    return y if f["dry"] is None else np.where(x <= f["floor"], f["dry"], y)
+
+
+def from_table(y, f):
+    return np.interp(y, f["y"], f["x"])  # the first knot of a table with an atom is the floor: all below it is dry
+
+
+def table_slope(x, f):
+    X, Y = f["x"].numpy(), f["y"].numpy()
+    return (np.diff(Y) / np.diff(X))[np.clip(np.searchsorted(X, x) - 1, 0, len(X) - 2)]
+
+
+away = lambda x, f: np.maximum(np.abs(x), 1e-6 * f["scale"])  # the slope of a root at exactly 0 is infinite
+TRANSFORMS = {  # fit(x, floor) -> f of plain values and tensors; g(x, f), its inverse(y, f), its slope(x, f). The closed
+    # forms are odd functions, so that they hold for either sign
+    "none": (fit_scale, lambda x, f: x, lambda y, f: y, lambda x, f: np.ones_like(x)),
+    "sqrt": (fit_scale, lambda x, f: np.sign(x) * np.sqrt(np.abs(x)), lambda y, f: y * np.abs(y), lambda x, f: 0.5 / np.sqrt(away(x, f))),
+    "cbrt": (fit_scale, lambda x, f: np.cbrt(x), lambda y, f: y**3, lambda x, f: 1 / (3 * np.cbrt(away(x, f)) ** 2)),
+    "log": (fit_scale, lambda x, f: np.sign(x) * np.log1p(np.abs(x) / f["scale"]), lambda y, f: np.sign(y) * np.expm1(np.abs(y)) * f["scale"], lambda x, f: 1 / (f["scale"] + np.abs(x))),
+    "quantile": (fit_quantile, to_table, from_table, table_slope),
+    "censored": (fit_censored, to_table, from_table, table_slope),
+    "learnt": (fit_learnt, to_table, from_table, table_slope),
 }
 
 
@@ -489,17 +656,18 @@ def fit_transform(climate, train_starts, frames, names):
         floor = float(x.min()) if np.mean(x == x.min()) > 0.05 else None
         if name == "auto":
             name = "cbrt" if floor == 0 else "none"
-        scale = float(np.median(np.abs(x[x != 0])))
-        y = TRANSFORMS[name][0](x, scale)
+        fit, g, *_ = TRANSFORMS[name]
+        f = {"name": name, "floor": floor, **fit(x, floor)}
+        y = g(x, f)
         mean, std = float(y.mean()), float(y.std())
         low, high = float((y.min() - mean) / std), float((y.max() - mean) / std)  # range of the standardised values
-        fitted.append({"name": name, "scale": scale, "floor": floor, "mean": mean, "std": std, "low": low, "high": high})
+        fitted.append({**f, "mean": mean, "std": std, "low": low, "high": high})
     return fitted
 
 
 def normalise(x, transform):
     """Physical (..., C, T, H, W) with NaN -> standardised torch float32 with 0 for no data, and the mask (1 is data)."""
-    y = np.stack([(TRANSFORMS[f["name"]][0](x[..., i, :, :, :], f["scale"]) - f["mean"]) / f["std"] for i, f in enumerate(transform)], -4)
+    y = np.stack([(TRANSFORMS[f["name"]][1](x[..., i, :, :, :], f) - f["mean"]) / f["std"] for i, f in enumerate(transform)], -4)
     mask = np.isfinite(y)
     return torch.from_numpy(np.where(mask, y, 0).astype(np.float32)), torch.from_numpy(mask.astype(np.float32))
 
@@ -507,7 +675,7 @@ def normalise(x, transform):
 def denormalise(y, transform, valid=None):
     """The inverse, (..., C, T, H, W) torch -> numpy float32; never below a variable's floor; NaN where valid (C, 1, H, W) is 0."""
     y = y.detach().cpu().numpy().astype(np.float64)
-    x = np.stack([TRANSFORMS[f["name"]][1](y[..., i, :, :, :] * f["std"] + f["mean"], f["scale"]) for i, f in enumerate(transform)], -4)
+    x = np.stack([TRANSFORMS[f["name"]][2](y[..., i, :, :, :] * f["std"] + f["mean"], f) for i, f in enumerate(transform)], -4)
     for i, f in enumerate(transform):
         if f["floor"] is not None:
             x[..., i, :, :, :] = np.maximum(x[..., i, :, :, :], f["floor"])
@@ -523,9 +691,7 @@ def log_slope(x, transform):
         return None
     parts = []
     for i, f in enumerate(transform):
-        v = x[:, i].astype(np.float64)
-        v = np.where(np.abs(v) < 1e-6 * f["scale"], 1e-6 * f["scale"], v)  # the slope of a root at exactly 0 is infinite
-        parts.append(np.log(TRANSFORMS[f["name"]][2](v, f["scale"]) / f["std"]))
+        parts.append(np.log(TRANSFORMS[f["name"]][3](x[:, i].astype(np.float64), f) / f["std"]))
     return torch.from_numpy(np.nansum(np.stack(parts, 1), axis=(1, 2, 3, 4)))
 
 
@@ -545,18 +711,23 @@ def valid_cells(climate, index):
 # ----------------------------------------------------------------------------------------------------------------------
 # verification: pure functions of physical clips of one variable, (N, T, H, W), NaN-aware
 
-QUANTILES = (0.9, 0.99, 0.999, 0.9999)
+LEVELS = [1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)]  # the dissertation's 54 quantile levels
+SHOWN, LAGS, RETURNS = (0.9, 0.99, 0.999, 0.9999), (1, 3, 6), (2, 10, 50)  # rows of the table; return periods in clips
+RESAMPLES = 400  # of the bootstrap
 
 
-def filled(x):
-    """No data replaced by the field's mean, so that spectra can be taken; the same for samples and truth."""
-    return np.where(np.isfinite(x), x, np.nanmean(x))
+def latitude_weights(coords, dims):
+    """Area of a cell by row, (H,), where y is a latitude; else None."""
+    c = coords.get(dims[0])
+    if c is None or len(c["dims"]) != 1 or not str(c["attrs"].get("units", "")).startswith("degree"):
+        return None
+    return np.cos(np.deg2rad(np.asarray(c["values"], np.float64))).clip(0)
 
 
 def spatial_spectrum(x):
     """Radially averaged power of single frames against wavenumber in cycles per cell. Two (K,) arrays."""
     H, W = x.shape[-2:]
-    power = (np.abs(np.fft.fft2(filled(x))) ** 2).mean((0, 1)) / (H * W)  # (H, W)
+    power = (np.abs(np.fft.fft2(x)) ** 2).mean((0, 1)) / (H * W)  # (H, W)
     k = np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W))
     n = min(H, W)
     ring = np.rint(k * n).astype(int)
@@ -568,47 +739,191 @@ def spatial_spectrum(x):
 def temporal_spectrum(x):
     """Power of a cell's time series, averaged over cells, against frequency in cycles per time step. Two (K,) arrays."""
     T = x.shape[1]
-    power = (np.abs(np.fft.rfft(filled(x), axis=1)) ** 2).mean((0, 2, 3)) / T
+    power = (np.abs(np.fft.rfft(x, axis=1)) ** 2).mean((0, 2, 3)) / T
     return np.arange(1, T // 2 + 1) / T, power[1:]
 
 
-def autocorrelation(x):
-    """Correlation of a cell with itself `lag` frames later, lag 0 .. T-1, about the overall mean. (T,)"""
-    a = x - np.nanmean(x)
-    T = x.shape[1]
-    return np.array([np.nanmean(a[:, : T - lag] * a[:, lag:]) for lag in range(T)]) / np.nanmean(a**2)
+def spell_lengths(wet):
+    """How many runs of 1 .. T wet frames in a row the cells have, (T,); runs are cut at the ends of a clip. wet (n, T, H, W)"""
+    T, run, counts = wet.shape[1], 0, 0
+    for t in range(T):
+        run = (run + 1) * wet[:, t]
+        last = run * ~wet[:, t + 1] if t < T - 1 else run  # (n, H, W): length where a run ends, else 0
+        counts = counts + np.bincount(last.ravel(), minlength=T + 1)
+    return counts[1:]
 
 
-def compare(samples, truth, floor=None, dry=0.01):
-    """Statistics of sampled against true clips, a dict of plain values for verify.json.
+def tally(x, edges, wet, weights, centre):
+    """Everything the statistics need of clips x (n, T, H, W), as sums: sums over blocks add up, so a bootstrap is cheap.
 
-    Errors of quantiles, spectra and the mean map are relative for a variable with a floor (rain) and in units of the
-    true standard deviation otherwise (relative errors of kelvins mean nothing); spectra are always relative.
+    edges: values at which to count; wet: above it a cell is not dry; weights (H,) of the rows; no data is `centre`.
     """
-    scale = float(np.nanstd(truth))
-    q, p = (np.nanquantile(a, QUANTILES) for a in (samples, truth))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # cells without any data: NaN
-        mean_s, mean_p = np.nanmean(samples, (0, 1)), np.nanmean(truth, (0, 1))  # (H, W)
-    usual = np.where(mean_p > 0.1 * np.nanmean(mean_p), mean_p, np.nan)  # no ratio to cells where it hardly ever rains
-    bias = (mean_s - mean_p) / (usual if floor is not None else scale)
-    out = {"samples": len(samples), "held_out_clips": len(truth), "mean": [float(np.nanmean(samples)), float(np.nanmean(truth))]}
-    out["std"] = [float(np.nanstd(samples)), scale]
-    if floor is not None:
-        wet = [a[np.isfinite(a)] > floor + dry for a in (samples, truth)]
-        out["dry_fraction"] = [float(1 - w.mean()) for w in wet]
-    relative = [abs(b) for b in p] if floor is not None else [scale] * len(p)
-    out["quantiles"] = {str(l): [float(a), float(b), float((a - b) / (r or 1))] for l, a, b, r in zip(QUANTILES, q, p, relative)}
-    for name, f in (("spatial_power", spatial_spectrum), ("temporal_power", temporal_spectrum)):
-        (k, a), (_, b) = f(samples), f(truth)
-        if len(k):
-            ratio = a / np.maximum(b, 1e-30)
-            out[name] = {"frequency": k.tolist(), "samples": a.tolist(), "held_out": b.tolist()}
-            out[name] |= {"median_error": float(np.median(abs(ratio - 1))), "worst_error": float(np.max(abs(ratio - 1)))}
-    out["autocorrelation"] = [autocorrelation(samples).tolist(), autocorrelation(truth).tolist()]
-    out["mean_abs_bias"] = float(np.nanmean(np.abs(bias[np.isfinite(bias)]))) if np.isfinite(bias).any() else None
-    out["bias_map"] = [[None if not np.isfinite(v) else round(float(v), 4) for v in row] for row in bias]
+    n, T, H, W = x.shape
+    valid = np.isfinite(x)
+    w = valid * weights[:, None]
+    a = np.where(valid, x - centre, 0.0)
+    pair = [(w[:, : T - l] * valid[:, l:], a[:, : T - l], a[:, l:]) for l in range(T)]
+    lags = [[v.sum(), (v * b).sum(), (v * c).sum(), (v * b * c).sum()] for v, b, c in pair]
+    largest = np.where(valid, x, -np.inf).max((1, 2, 3))
+    return {
+        "clips": n, "count": w.sum(), "sum": (w * a).sum(), "square": (w * a**2).sum(), "cell": a.sum((0, 1)), "cell_count": valid.sum((0, 1)),
+        "at": np.bincount(np.searchsorted(edges, x[valid]), w[valid], len(edges)), "maxima": np.bincount(np.searchsorted(edges, largest[largest > -np.inf]), minlength=len(edges)),
+        "dry": (w * (x <= wet)).sum(), "spells": spell_lengths(x > wet), "lags": np.transpose(lags), "space": n * spatial_spectrum(a)[1], "time": n * temporal_spectrum(a)[1],
+    }  # fmt: skip
+
+
+def statistics(S, edges, centre):
+    """The statistics that sums S of `tally` give: numbers, curves and the mean of every cell."""
+    m = S["sum"] / S["count"]
+    variance = max(S["square"] / S["count"] - m**2, 1e-30)
+    cdf, cdf_maxima = S["at"].cumsum() / S["count"], S["maxima"].cumsum() / S["maxima"].sum()
+    count, first, second, product = S["lags"]
+    lengths, spells = np.arange(1, len(S["spells"]) + 1), max(S["spells"].sum(), 1)
+    with np.errstate(invalid="ignore"):  # cells without data
+        return {
+            "mean": m + centre, "std": math.sqrt(variance), "dry": S["dry"] / S["count"], "wet_spell": S["spells"] @ lengths / spells, "spells": S["spells"] / spells,
+            "cdf": cdf, "quantiles": np.interp(LEVELS, cdf, edges), "returns": np.interp(1 - 1 / np.array(RETURNS), cdf_maxima, edges),
+            "autocorrelation": ((product - m * (first + second)) / count + m**2) / variance, "spatial_power": S["space"] / S["clips"], "temporal_power": S["time"] / S["clips"],
+            "map": S["cell"] / S["cell_count"] + centre,
+        }  # fmt: skip
+
+
+def blockwise(x, count, f):
+    """f of consecutive blocks of x along its first dimension, stacked: {name: (count, ...)}."""
+    at = np.linspace(0, len(x), count + 1).astype(int)
+    parts = [f(x[i:j]) for i, j in zip(at, at[1:])]
+    return {k: np.array([p[k] for p in parts], np.float64) for k in parts[0]}
+
+
+def resample(blocks, rng=None):
+    """Sums over blocks drawn with replacement (bootstrap); without rng, over every block once."""
+    G = len(next(iter(blocks.values())))
+    w = np.ones(G) if rng is None else rng.multinomial(G, np.full(G, 1 / G)).astype(np.float64)
+    return {k: np.tensordot(w, v, 1) for k, v in blocks.items()}
+
+
+def block_counts(samples, truth):
+    """Blocks of the bootstrap: samples are independent, held-out clips are not: their blocks are about sqrt(N) clips long."""
+    return min(len(samples), 100), min(len(truth), max(round(math.sqrt(len(truth))), 10), 100)
+
+
+def row(unit, error, noise, *values):
+    """A line of the table: the values of samples, held-out data and exact law where known, the error (a fraction where the
+    unit is % or pt), and its 95 % bootstrap interval; of a distance, which has no values, the 95 % bound of what the
+    sampling error alone gives. A difference inside the sampling error is marked as such."""
+    interval = None
+    if np.isfinite(noise).all():
+        interval = (error - np.quantile(noise, (0.975, 0.025))).tolist() if values else [0.0, float(np.quantile(noise, 0.95))]
+    within = interval is not None and (interval[0] <= 0 <= interval[1] if values else error <= interval[1])
+    number = lambda v: float(v) if np.isfinite(v) else None
+    return {"values": [number(v) for v in values], "error": number(error), "unit": unit, "interval": interval, "within_sampling_error": bool(within)}
+
+
+POWERS = {"spatial_power": "spatial power", "temporal_power": "temporal power"}
+
+
+def differences(s, r, scale):
+    """Samples' statistics minus the reference's, each in its scale; of power also in dB."""
+    d = {k: (s[k] - r[k]) / scale.get(k, 1) for k in ("mean", "std", "dry", "wet_spell", "cdf", "quantiles", "returns", "autocorrelation", *POWERS, "map")}
+    return d | {k + "_db": 10 * np.log10(np.maximum(s[k], 1e-30) / np.maximum(r[k], 1e-30)) for k in POWERS}
+
+
+def distances(d, edges, area):
+    """One number >= 0 for each curve of differences d: Wasserstein-1, errors of power and their log-spectral distance, mean |bias|."""
+    out = {"wasserstein": (np.abs(d["cdf"])[:-1] * np.diff(edges)).sum(), "bias": np.nansum(area * np.abs(d["map"])) / area.sum()}
+    for k in POWERS:
+        if len(d[k]):
+            out |= {k + " median": np.median(np.abs(d[k])), k + " worst": np.abs(d[k]).max(), k + " db": np.sqrt(np.mean(d[k + "_db"] ** 2))}
     return out
+
+
+def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, units=""):
+    """Statistics of sampled against true clips (N, T, H, W), a dict of plain values for verify.json.
+
+    Errors are against the exact law where one is given (rain_law), else against the held-out clips; those of mean,
+    quantiles, maxima and the mean map are relative for a variable with a floor (rain) and in units of the true standard
+    deviation otherwise (relative errors of kelvins mean nothing). weights: (H,) area of the rows, or None.
+    Sampling errors: samples are independent, held-out clips are not, so they are resampled in blocks of about sqrt(N);
+    fewer than five blocks say nothing of them.
+    """
+    exact, weights = exact or {}, np.ones(samples.shape[2]) if weights is None else weights
+    centre, wet = float(np.nanmean(truth, dtype=np.float64)), math.inf if floor is None else floor + dry
+    bins = np.linspace(min(np.nanmin(a) for a in (samples, truth)), max(np.nanmax(a) for a in (samples, truth)), 241)
+    edges = [bins]  # the distribution function is counted at the quantiles asked for, where it is exact, and between them
+    for a in (samples, truth):
+        edges += [np.quantile(a[np.isfinite(a)], [*LEVELS, *normal_cdf(np.linspace(-4.5, 4.5, 181))])]
+        edges += [np.quantile(np.where(np.isfinite(a), a, -np.inf).max((1, 2, 3)), 1 - 1 / np.array(RETURNS))]
+    edges = np.unique(np.concatenate(edges).astype(samples.dtype))
+    counts = block_counts(samples, truth)
+    blocks = [blockwise(a, n, lambda x: tally(x, edges, wet, weights, centre)) for a, n in zip((samples, truth), counts)]
+    draw = lambda rng=None: [statistics(resample(b, rng), edges, centre) for b in blocks]
+    s, t = draw()
+    r = t | exact  # what the samples are held against
+    wettable = floor is not None
+    relative = lambda v: np.where(v == 0, 1, np.abs(v)) if wettable else r["std"]
+    usual = np.where(r["map"] > 0.1 * np.nanmean(r["map"]), r["map"], np.nan) if wettable else r["std"]  # no ratio to cells where it hardly ever rains
+    scale = {k: relative(r[k]) for k in ("mean", "quantiles", "returns")} | {k: np.maximum(r[k], 1e-30) for k in ("std", "wet_spell", *POWERS)} | {"map": usual}
+    D = differences(s, r, scale)
+    area = np.where(np.isfinite(D["map"]), weights[:, None], 0.0)
+    rng, noise, bounds = np.random.default_rng(0), [], []
+    for _ in range(RESAMPLES):
+        a, b = draw(rng)
+        d = {k: v - D[k] for k, v in differences(a, b | exact, scale).items()}
+        bounds.append(distances(d, edges, area))
+        noise.append({k: v for k, v in d.items() if k not in ("map", "cdf")})  # a map per draw would be large
+    enough = min(counts) >= 5
+    noise, bounds = ({k: np.where(enough, [n[k] for n in draws], np.nan) for k in draws[0]} for draws in (noise, bounds))
+
+    known = lambda k: {name: v[k] for name, v in (("samples", s), ("held_out", t), ("exact", exact)) if k in v}
+    line = lambda unit, k, *i: row(unit, D[k][i], noise[k][(slice(None), *i)], *(np.asarray(v)[i] for v in known(k).values()))
+    part = "%" if wettable else "std"
+    unit = lambda k: {"wasserstein": units, "bias": part}.get(k, "dB" if k.endswith("db") else "%")
+    far = {k: row(unit(k), v, bounds[k]) for k, v in distances(D, edges, area).items()}
+    rows = {"mean": line(part, "mean"), "standard deviation": line("%", "std")}
+    if wettable:
+        rows |= {"dry fraction": line("pt", "dry"), "wet spell, frames": line("%", "wet_spell")}
+    rows |= {f"quantile {l}": line(part, "quantiles", int(np.argmin(np.abs(np.array(LEVELS) - l)))) for l in SHOWN}
+    rows |= {f"clip maximum, 1 in {n}": line(part, "returns", i) for i, n in enumerate(RETURNS)}
+    rows |= {f"autocorrelation, lag {l}": line("", "autocorrelation", l) for l in LAGS if l < samples.shape[1]}
+    rows["Wasserstein-1"] = far["wasserstein"]
+    rows |= {f"{name}, {label}": far[f"{k} {v}"] for k, name in POWERS.items() for v, label in (("median", "median error"), ("worst", "worst error"), ("db", "distance")) if f"{k} {v}" in far}
+    rows["mean |bias| per cell"] = far["bias"]
+    beyond = math.sqrt(max(0.0, far["bias"]["error"] ** 2 - np.mean(bounds["bias"]) ** 2)) if enough else np.nan  # independent errors add in squares
+    rows["mean |bias| beyond sampling"] = row(part, beyond, np.nan)
+
+    curves = {k: {name: v.tolist() for name, v in known(k).items()} for k in ("quantiles", "returns", "autocorrelation", *POWERS)}
+    for k, c in curves.items() if enough else ():  # where perfect samples of this number would lie
+        c["band"] = [(r[k] + scale.get(k, 1) * q).tolist() for q in np.quantile(noise[k], (0.025, 0.975), axis=0)]
+    curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, list(RETURNS)
+    curves["spatial_power"]["frequency"], curves["temporal_power"]["frequency"] = (f(np.zeros((1, *samples.shape[1:])))[0].tolist() for f in (spatial_spectrum, temporal_spectrum))
+    share = lambda cdf: np.diff(np.interp(bins[::6], edges, cdf)) + np.eye(1, 40)[0] * cdf[0]  # an atom at the minimum lies in the first bin
+    curves["histogram"] = {"edges": bins[::6].tolist(), "samples": share(s["cdf"]).tolist(), "held_out": share(t["cdf"]).tolist()}
+    if wettable:
+        curves["wet_spells"] = {name: v.tolist() for name, v in known("spells").items()}
+    tidy = lambda a: [[float(f"{v:.4g}") if np.isfinite(v) else None for v in values] for values in a]
+    return {"samples": len(samples), "held_out_clips": len(truth), "rows": rows, "curves": curves,
+            "mean_map": {"samples": tidy(s["map"]), "reference": tidy(r["map"])}, "bias_map": tidy(D["map"])}  # fmt: skip
+
+
+def cross_correlations(samples, truth, names, weights=None):
+    """Correlation of every pair of variables in the same cell and frame, rows as in `compare`. (N, C, T, H, W) both"""
+    weights = np.ones(samples.shape[3]) if weights is None else weights
+
+    def products(x):
+        valid = np.isfinite(x).all(1, keepdims=True)
+        a, w = np.where(valid, x - centre, 0.0), valid * weights[:, None]
+        return {"count": w.sum(), "sum": (w * a).sum((0, 2, 3, 4)), "product": np.einsum("nithw,njthw->ij", w * a, a)}
+
+    def correlation(S):
+        m = S["sum"] / S["count"]
+        C = S["product"] / S["count"] - np.outer(m, m)
+        return C / np.sqrt(np.outer(np.diag(C), np.diag(C)))
+
+    centre = np.nanmean(truth, (0, 2, 3, 4), keepdims=True, dtype=np.float64)[0]
+    blocks = [blockwise(a, n, products) for a, n in zip((samples, truth), block_counts(samples, truth))]
+    rng, (s, t) = np.random.default_rng(0), [correlation(resample(b)) for b in blocks]
+    noise = np.array([np.subtract(*(correlation(resample(b, rng)) for b in blocks)) - (s - t) for _ in range(RESAMPLES)])
+    return {f"{a} with {b}": row("", s[i, j] - t[i, j], noise[:, i, j], s[i, j], t[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

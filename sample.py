@@ -2,16 +2,18 @@
 
     python sample.py --steps=256
     python sample.py --task=forecast --known=2 --members=16
+    python sample.py --exact=true                     # the exact denoiser of the built-in data in place of the network
+    python sample.py --experiment=dissertation        # train and sample a table of recipes
 
 Edit the settings below or override any of them as --key=value; --help lists them.
 """
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,13 +64,17 @@ dtype = "auto"  # auto, float32, bfloat16 (autocast)
 compile = "auto"  # torch.compile: auto (on CUDA), true, false
 checkpoint_activations = False  # guidance computes activations again in the backward pass: less memory
 verify = True  # compare with held-out clips: verify.json, verify.png
+exact = False  # sample the built-in data with the exact denoiser of its latent field: what is left is the sampler's error
+experiment = ""  # train, sample and compare a table of recipes under out_dir: dissertation, ablation; goes on where it stopped
+train_args = ""  # of experiment: settings of train.py for every recipe, "--size=16 --width=32"
+budget = 1800  # of experiment: training steps of every recipe
 dry = 0.01  # a variable with a floor (rain) is dry up to this much above it, in its units
 # ----------------------------------------------------------------------------------------------------------------------
 
 FRAME_MASKS = {"forecast": "prefix", "hindcast": "suffix", "interpolate": "every", "bridge": "ends"}
 GIVEN = (*FRAME_MASKS, "inpaint", "superres")  # tasks with known entries
 METHODS = ("trained", "moment_matching", "guidance", "imputation")
-CHOICES = {"task": ("generate", *GIVEN, "extend", "loop", "edit", "encode", "morph"), "method": ("auto", *METHODS), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
+CHOICES = {"experiment": ("", "dissertation", "ablation"), "task": ("generate", *GIVEN, "extend", "loop", "edit", "encode", "morph"), "method": ("auto", *METHODS), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
 
 
 def check(c):
@@ -90,6 +96,9 @@ def check(c):
     for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
         require(getattr(c, name) >= least, f"--{name}={getattr(c, name)} must be at least {least}")
     require(c.num_samples % c.members == 0, f"--num_samples={c.num_samples} must be a multiple of --members={c.members}")
+    require(not c.exact or (c.task == "generate" and not c.length and not c.frames), "--exact belongs to --task=generate, with the length of the clips trained on")
+    require(c.budget >= 1, f"--budget={c.budget} must be at least 1")
+    require(not c.train_args or c.experiment, "--train_args belongs to --experiment")
 
 
 def pose(c, settings, meta):
@@ -213,6 +222,19 @@ def generators(seed, indices):
     return lambda z: torch.stack([torch.randn(z.shape[1:], generator=g) for g in gens]).to(z)
 
 
+def exact_denoiser(w, U):
+    """E[x | z] of the built-in latent field on its whole periodic box, z (B, 1, T, M, M): Wiener's filter in its modes."""
+
+    def denoise(z, logsnr):
+        alpha, sigma = (diffusion.expand(a, z) for a in diffusion.alpha_sigma(logsnr.to(z)))
+        Z = torch.einsum("yxts,bctyx->bcsyx", U.conj(), torch.fft.fft2(z, norm="ortho"))
+        Z = alpha * w / (alpha**2 * w + sigma**2) * Z
+        return torch.fft.ifft2(torch.einsum("yxts,bcsyx->bctyx", U, Z), norm="ortho").real
+
+    w, U = w.float().permute(2, 0, 1), U.to(torch.complex64)  # (T, M, M), (M, M, T, T)
+    return denoise
+
+
 def fingerprint(c, path):
     """Names a set of samples by what they depend on: the checkpoint and the settings, not the batch size or the machine."""
     free = ("batch_size", "device", "compile", "checkpoint_activations", "verify", "theory", "dry", *(["num_samples"] if c.task == "generate" else []))
@@ -226,7 +248,7 @@ def fingerprint(c, path):
 
 RAIN = ((255, 255, 255), (205, 229, 245), (124, 185, 226), (46, 120, 190), (49, 54, 149), (118, 42, 131), (231, 41, 138))
 DIVERGING = ((33, 57, 132), (67, 130, 190), (160, 205, 226), (247, 247, 247), (246, 184, 150), (208, 84, 66), (128, 12, 38))
-NO_DATA, INK, GREY, FIRST, SECOND = (190, 190, 190), (30, 30, 30), (215, 215, 215), (20, 20, 20), (214, 69, 47)
+NO_DATA, INK, GREY, BAND, FIRST, SECOND, LAW = (190, 190, 190), (30, 30, 30), (215, 215, 215), (222, 226, 232), (20, 20, 20), (214, 69, 47), (46, 120, 190)
 
 
 def font(size=12):
@@ -339,8 +361,8 @@ def ticks(low, high, log):
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def plot(image, box, title, xlabel, series, logx=False, logy=False):
-    """A line plot in box (x0, y0, x1, y1). series: (label, x, y, colour, marker?) each."""
+def plot(image, box, title, xlabel, series, logx=False, logy=False, band=None):
+    """A line plot in box (x0, y0, x1, y1). series: (label, x, y, colour, marker?) each; band: (x, low, high) in grey."""
     draw, (x0, y0, x1, y1) = ImageDraw.Draw(image), box
     left, right, top, bottom = x0 + 58, x1 - 12, y0 + 30, y1 - 40
     clean = []
@@ -364,6 +386,9 @@ def plot(image, box, title, xlabel, series, logx=False, logy=False):
     for v in ticks(yl, yh, logy):
         draw.line((left, py(v), right, py(v)), fill=GREY)
         draw.text((left - 5, py(v)), f"{v:.3g}", INK, font(11), anchor="rm")
+    if band:
+        x, *ends = (np.clip(np.asarray(a, float), *limits) for a, limits in zip(band, ((xl, xh), (yl, yh), (yl, yh))))
+        draw.polygon([*zip(px(x), py(ends[0])), *zip(px(x[::-1]), py(ends[1][::-1]))], fill=BAND)
     for n, (label, x, y, colour, marker) in enumerate(clean):
         points = list(zip(px(x), py(y)))
         if marker:
@@ -371,7 +396,8 @@ def plot(image, box, title, xlabel, series, logx=False, logy=False):
                 draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
         elif len(points) > 1:
             draw.line(points, fill=colour, width=2)
-        draw.text((right - 8, top + 8 + 16 * n), label, colour, font(12), anchor="ra")
+        at = (left + 8, "la") if len(clean[0][1]) and clean[0][2][-1] > clean[0][2][0] else (right - 8, "ra")  # beside what rises
+        draw.text((at[0], top + 8 + 16 * n), label, colour, font(12), anchor=at[1])
 
 
 def span(v, log):
@@ -397,56 +423,59 @@ def panel_map(image, box, title, x, scale, label):
     colour_bar(draw, image, at[0] + picture.width + 14, at[1] + 6, max(picture.height - 8, 60), scale, label)
 
 
-def verification_picture(path, result, samples, truth, meta, channel):
-    """Quantiles, spectra, autocorrelation and mean maps of one variable, (N, T, H, W) each."""
-    name, attrs, floor = meta["names"][channel], meta["attrs"][channel], meta["transform"][channel]["floor"]
-    units = attrs.get("units", "1")
-    image = Image.new("RGB", (1080, 720), "white")
-    box = lambda i: (i % 3 * 360, i // 3 * 350 + 20, i % 3 * 360 + 360, i // 3 * 350 + 370)
-    ImageDraw.Draw(image).text((12, 4), f"{attrs.get('long_name', name)}: {result['samples']} samples (red) against {result['held_out_clips']} held-out clips (black)", INK, font(13))
-    levels = [1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)]  # the dissertation's 54
-    q, p = (np.nanquantile(a, levels) for a in (samples, truth))
-    plot(image, box(0), "quantiles", f"held-out, {units}", [("samples", p, q, SECOND, True), ("", p, p, FIRST, False)])
-    for i, (key, label) in enumerate((("spatial_power", "cycles per cell"), ("temporal_power", "cycles per time step"))):
-        if key in result:
-            r = result[key]
-            plot(image, box(1 + i), key.replace("_", " "), label, [("held-out", r["frequency"], r["held_out"], FIRST, False), ("samples", r["frequency"], r["samples"], SECOND, True)], True, True)
-    a, b = result["autocorrelation"]
-    lags = np.arange(len(a)) * meta["step_hours"]
-    plot(image, box(3), "autocorrelation", "lag, hours", [("held-out", lags, b, FIRST, False), ("samples", lags, a, SECOND, True)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # cells without any data
-        mean, both = oriented(np.nanmean(samples, (0, 1)), meta), np.stack([np.nanmean(a, (0, 1)) for a in (samples, truth)])
-    scale = (0.0, float(np.nanmax(both)) or 1.0, RAIN, 1.0) if floor == 0 else scale_of(both, floor)
-    panel_map(image, box(4), "mean of the samples", mean, scale, units)
-    bias = oriented(np.array(result["bias_map"], dtype=float), meta)
+def verification_picture(path, result, meta, channel):
+    """The curves and maps of data.compare: histogram, quantiles, maxima, spectra, autocorrelation, mean and bias."""
+    name, attrs, floor, curves = meta["names"][channel], meta["attrs"][channel], meta["transform"][channel]["floor"], result["curves"]
+    units, law = attrs.get("units", "1"), "exact" in curves["quantiles"]
+    image = Image.new("RGB", (1200, 1050), "white")
+    box = lambda i: (i % 3 * 400, i // 3 * 335 + 40, i % 3 * 400 + 392, i // 3 * 335 + 365)
+    text = f"{attrs.get('long_name', name)}: {result['samples']} samples (red) against {result['held_out_clips']} held-out clips (black){' and the exact law (blue)' if law else ''}; grey: where 95 % of perfect sample sets lie"
+    ImageDraw.Draw(image).text((12, 8), text, INK, font(14))
+
+    def panel(i, title, xlabel, x, c, logx=False, logy=False):
+        series = [("held-out", x, c["held_out"], FIRST, False)] + ([("exact law", x, c["exact"], LAW, False)] if "exact" in c else [])
+        series += [("samples", x, c["samples"], SECOND, len(x) < 60)]
+        plot(image, box(i), title, xlabel, series, logx, logy, (x, *c["band"]) if "band" in c else None)
+
+    h, q = curves["histogram"], curves["quantiles"]
+    panel(0, "share of the cells, per bin", units, np.convolve(h["edges"], (0.5, 0.5), "valid"), h, logy=True)
+    reference = np.array(q["exact" if law else "held_out"])
+    panel(1, f"quantiles, {units}, 0 to 0.999998", f"{'exact law' if law else 'held-out'}, {units}", reference, q)
+    panel(2, f"maximum of a clip, {units}", "return period, clips", np.array(curves["returns"]["clips"]), curves["returns"], logx=True)
+    for i, (k, x, label) in enumerate((("spatial_power", 1, "cycles per cell"), ("temporal_power", meta["step_hours"], "cycles per hour"))):
+        panel(3 + i, f"{data.POWERS[k]}, {f'({units})' if ' ' in units else units}^2", label, np.array(curves[k]["frequency"]) / x, curves[k], True, True)
+    panel(5, "autocorrelation", "lag, hours", np.arange(len(curves["autocorrelation"]["samples"])) * meta["step_hours"], curves["autocorrelation"])
+    field = lambda a: oriented(np.array(a, dtype=float), meta)
+    maps, bias = [field(result["mean_map"][k]) for k in ("samples", "reference")], field(result["bias_map"])
+    scale = (0.0, float(np.nanmax(maps)) or 1.0, RAIN, 1.0) if floor == 0 else scale_of(np.array(maps), floor)
+    panel_map(image, box(6), "mean of the samples", maps[0], scale, units)
+    panel_map(image, box(7), "mean by the exact law" if law else "mean of the held-out clips", maps[1], scale, units)
     reach = float(np.nanquantile(np.abs(bias), 0.99)) if np.isfinite(bias).any() else 1.0
-    reach = reach or 1.0
-    panel_map(image, box(5), "relative bias of the mean" if floor == 0 else "bias of the mean / std", bias, (-reach, reach, DIVERGING, 1.0), "")
+    panel_map(image, box(8), "bias of the mean / mean" if floor == 0 else "bias of the mean / standard deviation", bias, (-(reach or 1.0), reach or 1.0, DIVERGING, 1.0), "fraction" if floor == 0 else "std")
     with data.replacing(path) as f:
         image.save(f, "PNG")
 
 
-def ensemble_picture(path, r, marginal, samples, truth, meta, channel):
-    """Scores by frame, rank histogram, quantiles and spectra of an ensemble. samples, truth (N, T, H, W) of the generated part."""
-    attrs, lead = meta["attrs"][channel], r["lead_hours"]
-    units, colours = attrs.get("units", "1"), ((214, 69, 47), (46, 120, 190), (120, 120, 120))
-    image = Image.new("RGB", (1080, 720), "white")
-    box = lambda i: (i % 3 * 360, i // 3 * 350 + 20, i % 3 * 360 + 360, i // 3 * 350 + 370)
-    ImageDraw.Draw(image).text((12, 4), f"{attrs.get('long_name', meta['names'][channel])}: {r['members']} members, {r['conditions']} conditions, the generated part (red) against the truth (black)", INK, font(13))
-    curves = [("ensemble", r["crps"])] + [(k[5:], v) for k, v in r.items() if k.startswith("crps_")]
-    plot(image, box(0), f"CRPS, {units}", "lead time, hours", [(name, lead, v, colour, len(lead) == 1) for (name, v), colour in zip(curves, colours)])
+def ensemble_picture(path, r, curves, meta, channel):
+    """Scores by frame and rank histogram of data.verify_ensemble, quantiles and spectra of the generated part by data.compare."""
+    attrs, lead, one = meta["attrs"][channel], r["lead_hours"], len(r["lead_hours"]) == 1
+    units = attrs.get("units", "1")
+    image = Image.new("RGB", (1200, 715), "white")
+    box = lambda i: (i % 3 * 400, i // 3 * 335 + 40, i % 3 * 400 + 392, i // 3 * 335 + 365)
+    text = f"{attrs.get('long_name', meta['names'][channel])}: {r['members']} members, {r['conditions']} conditions; what was generated (red) and what then came (black)"
+    ImageDraw.Draw(image).text((12, 8), text, INK, font(14))
+    scores = [("ensemble", r["crps"])] + [(k[5:], v) for k, v in r.items() if k.startswith("crps_")]
+    plot(image, box(0), f"CRPS, {units}", "lead time, hours", [(name, lead, v, colour, one) for (name, v), colour in zip(scores, (SECOND, LAW, FIRST))])
     if r["members"] > 1:
-        plot(image, box(1), f"spread and error, {units}", "lead time, hours", [("spread", lead, r["spread"], SECOND, len(lead) == 1), ("RMSE of the mean", lead, r["rmse"], FIRST, len(lead) == 1)])
+        plot(image, box(1), f"spread and error, {units}", "lead time, hours", [("spread", lead, r["spread"], SECOND, one), ("RMSE of the mean", lead, r["rmse"], FIRST, one)])
         share = np.array(r["rank_histogram"]) * (r["members"] + 1)
-        plot(image, box(2), "rank of the truth among the members", "rank", [("1 is calibrated", np.arange(len(share)), 0 * share + 1, FIRST, False), ("0", [0], [0], (255, 255, 255), False), ("", np.arange(len(share)), share, SECOND, True)])
-    levels = [1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(5) for k in range(9)]
-    q, p = (np.nanquantile(a, levels) for a in (samples, truth))
-    plot(image, box(3), "quantiles", f"truth, {units}", [("samples", p, q, SECOND, True), ("", p, p, FIRST, False)])
-    for i, (key, label) in enumerate((("spatial_power", "cycles per cell"), ("temporal_power", "cycles per time step"))):
-        if key in marginal:
-            m = marginal[key]
-            plot(image, box(4 + i), key.replace("_", " "), label, [("truth", m["frequency"], m["held_out"], FIRST, False), ("samples", m["frequency"], m["samples"], SECOND, True)], True, True)
+        flat = [("calibrated", np.arange(len(share)), 0 * share + 1, FIRST, False), ("", [0, 0], [0, 2], (255, 255, 255), False)]  # from 0 to 2 at least
+        plot(image, box(2), "share of each rank, times members + 1", "rank of the truth", [*flat, ("", np.arange(len(share)), share, SECOND, True)])
+    q = curves["quantiles"]
+    plot(image, box(3), f"quantiles, {units}", f"truth, {units}", [("truth", q["held_out"], q["held_out"], FIRST, False), ("generated", q["held_out"], q["samples"], SECOND, True)])
+    for i, (k, x, label) in enumerate((("spatial_power", 1, "cycles per cell"), ("temporal_power", meta["step_hours"], "cycles per hour"))):
+        f = np.array(curves[k]["frequency"]) / x
+        plot(image, box(4 + i), data.POWERS[k], label, [("truth", f, curves[k]["held_out"], FIRST, False), ("generated", f, curves[k]["samples"], SECOND, True)], True, True)
     with data.replacing(path) as f:
         image.save(f, "PNG")
 
@@ -493,26 +522,126 @@ def theory_picture(path, denoise, x, grid, step, noise, meta):
         image.save(f, "PNG")
 
 
+def shown(value, unit, plus="+"):
+    """An error in its unit: fractions as per cent or points."""
+    digits, factor = {"%": (".1%", 1), "pt": (".2f", 100), "dB": (".2f", 1), "std": (".3f", 1)}.get(unit, (".4f", 1))
+    return f"{factor * value:{plus}{digits}}"
+
+
 def print_table(name, units, r):
     """The verification table of one variable."""
-    print(f"\n{name} [{units}]{'samples':>22}{'held-out':>12}{'error':>10}")
-    row = lambda label, a, b, error: print(f"  {label:<26}{a:>12.4f}{b:>12.4f}{error:>10}")
-    row("mean", *r["mean"], f"{r['mean'][0] - r['mean'][1]:+.3f}")
-    row("standard deviation", *r["std"], f"{r['std'][0] / r['std'][1] - 1:+.1%}")
-    if "dry_fraction" in r:
-        a, b = r["dry_fraction"]
-        row("dry fraction", a, b, f"{100 * (a - b):+.1f} pt")
-    for level, (a, b, e) in r["quantiles"].items():
-        row(f"quantile {level}", a, b, f"{e:+.1%}")
-    for lag in (1, 3, 6):
-        if lag < len(r["autocorrelation"][0]):
-            a, b = (v[lag] for v in r["autocorrelation"])
-            row(f"autocorrelation, lag {lag}", a, b, f"{a - b:+.3f}")
-    for key in ("spatial_power", "temporal_power"):
-        if key in r:
-            print(f"  {key.replace('_', ' ') + ', error':<26}{'median':>12}{r[key]['median_error']:>12.1%}{'worst':>8}{r[key]['worst_error']:>8.1%}")
-    if r["mean_abs_bias"] is not None:
-        print(f"  {'mean |bias| per cell':<26}{r['mean_abs_bias']:>12.3f}")
+    columns = ("samples", "held-out", "exact law") if len(r["rows"]["mean"]["values"]) > 2 else ("samples", "held-out")
+    print(f"\n{name + ' [' + units + ']':<32}" + "".join(f"{k:>11}" for k in columns) + f"{'error':>11}    95 % interval of the error (~ holds 0)")
+    for label, e in r["rows"].items():
+        values = "".join(f"{v:>11.4f}" if v is not None else f"{'-':>11}" for v in e["values"])
+        if e["error"] is None:
+            interval = error = "-"
+        else:
+            error = shown(e["error"], e["unit"], "+" if e["values"] else "") + (f" {e['unit']}" if e["unit"] in ("pt", "dB", "std") else "")
+            interval = "" if e["interval"] is None else " .. ".join(shown(v, e["unit"]) for v in e["interval"]) if e["values"] else "by sampling up to " + shown(e["interval"][1], e["unit"], "")
+        print(f"  {label:<30}{values:<{11 * len(columns)}}{error:>11}  {'~' if e['within_sampling_error'] else ' '} {interval}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the ruler: on `gaussian` data the best denoiser is known, so a network's distance from it is
+
+
+def ruler(denoise, y, settings, meta, batch_size, device, draws=256):
+    """Excess v-loss over the Bayes optimum per bin of log-SNR, and per band of eigenvalues of the exact covariance the
+    network's gain where the band emerges (its x_hat against the best one's, by regression) and the samples' variance.
+
+    y (N, 1, T, H, W) standardised samples. Both are in the eigenbasis, where the best denoiser is diagonal; the excess
+    |v_hat - v_best|^2 / E|v - v_best|^2 is exact for a given z, since the rest of the error is not predictable.
+    """
+    f = meta["transform"][0]
+    w, V = (a.flip(-1) for a in torch.linalg.eigh(data.gaussian_covariance(settings.frames, settings.size) / f["std"] ** 2))  # largest first
+    D, mean, generator = len(w), -f["mean"] / f["std"], torch.Generator().manual_seed(0)
+    edges = [0, 1, *(e for e in (5, 20, 80, 320, 1280) if e < D), D]
+    bands = [slice(i, j) for i, j in zip(edges, edges[1:])]
+    centres = [-float(w[b].log().mean()) for b in bands]
+    project = lambda x: (x.double().flatten(1) - mean) @ V
+
+    def trial(l):
+        """Coefficients of the network's and of the best x_hat, (draws, D) each."""
+        logsnr = torch.full((draws,), l, dtype=torch.float64)
+        noise = lambda: torch.randn(draws, D, generator=generator, dtype=torch.float64)
+        x = mean + (w.sqrt() * noise()) @ V.T
+        z = diffusion.diffuse(x, logsnr, noise())
+        alpha, sigma = diffusion.alpha_sigma(logsnr[:1])
+        best = alpha * w / (alpha**2 * w + sigma**2) * ((z - alpha * mean) @ V)
+        z = z.float().view(-1, *y.shape[1:]).to(device)
+        return project(torch.cat([denoise(a, b).cpu() for a, b in zip(z.split(batch_size), logsnr.to(device).split(batch_size))])), best
+
+    out, scores = {"excess": {}, "bands": []}, project(y) ** 2 / w  # (N, D), 1 on average
+    if denoise is not None:
+        for lo in range(train.LOGSNR_BINS[0] - 2, train.LOGSNR_BINS[-1] + 2, 2):
+            parts = []
+            for l in (lo + 0.5, lo + 1.5):
+                got, best = trial(l)
+                alpha2, sigma2 = 1 / (1 + math.exp(-l)), 1 / (1 + math.exp(l))
+                parts.append(float((got - best).pow(2).mean() / sigma2 / (w / (alpha2 * w + sigma2)).mean()))
+            out["excess"][f"{lo}..{lo + 2}"] = sum(parts) / 2
+        print("\nexcess v-loss over the Bayes optimum, by log-SNR:\n  " + "  ".join(f"{k} {v:.1%}" for k, v in out["excess"].items()))
+    print(f"{'modes':>12}{'eigenvalue':>13}{'log-SNR':>10}{'gain':>9}{'variance of the samples':>26}")
+    for b, l in zip(bands, centres):
+        got, best = (a[:, b] for a in trial(l)) if denoise is not None else (torch.ones(1, 1), torch.ones(1, 1))
+        each = scores[:, b].mean(1)  # (N,)
+        band = {"modes": [b.start + 1, b.stop], "eigenvalue": math.exp(-l), "gain": float((got * best).sum() / best.pow(2).sum()), "variance": float(each.mean()), "error": float(each.std() / math.sqrt(len(each)))}
+        out["bands"].append(band)
+        print(f"{b.start + 1:>6}-{b.stop:<5}{band['eigenvalue']:>13.4g}{l:>10.1f}{band['gain']:>9.3f}{band['variance']:>17.3f} +- {band['error']:.3f}")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# experiments: the same budget for every recipe, one table
+
+SEED_RECIPE = "--schedule=cosine --linear_skip=false", "--sampler=ancestral --spacing=time --steps=256"  # the dissertation's, with a quarter of its steps
+EXPERIMENTS = {  # name: settings of train.py, of sample.py, share of the budget, what the dissertation reports
+    "dissertation": {
+        "transform none": ("--transform=none " + SEED_RECIPE[0], SEED_RECIPE[1], 1, "quantiles -25 %, |bias| 0.143"),
+        "transform sqrt": ("--transform=sqrt " + SEED_RECIPE[0], SEED_RECIPE[1], 1, "power -50 %, |bias| 0.314"),
+        "transform learnt": ("--transform=learnt " + SEED_RECIPE[0], SEED_RECIPE[1], 1, "power -45 %, |bias| 0.227"),
+        "recommended": ("", "", 1, ""),
+    },
+    "ablation": {
+        "recommended": ("", "", 1, ""),
+        "exact denoiser: sampler alone": ("", "--exact=true", 1, ""),
+        "a quarter of the training": ("", "", 0.25, ""),
+        "no transform, no bias by it": ("--transform=none", "", 1, ""),
+        "dry atom set apart": ("--transform=censored", "", 1, ""),
+        "loss weighting of eps": ("--weighting=eps", "", 1, ""),
+        "noise density of the cosine": ("--schedule=cosine", "", 1, ""),
+        "no averaged weights": ("--ema_decay=0", "", 1, ""),
+        "clipped": ("", "--clip=true", 1, ""),
+        "float32": ("--dtype=float32", "--dtype=float32", 1, ""),
+    },
+}  # fmt: skip
+
+
+def run_experiment(c):
+    """Train and sample every recipe of a table that is not done yet, each in a folder of out_dir named by its settings."""
+    folder = lambda *text: Path(c.out_dir) / f"run-{hashlib.sha256(' '.join(text).encode()).hexdigest()[:10]}"
+    common = [f"--{k}={v}" for k, v in vars(c).items() if k not in ("experiment", "train_args", "budget", "out_dir")]
+    lines = []
+    for name, (for_train, for_sample, share, seen) in EXPERIMENTS[c.experiment].items():
+        settings = f"{c.train_args} {for_train} --max_iters={max(1, round(share * c.budget))}".split()
+        trained, sampled = folder(*settings), folder(*settings, "|", *common, for_sample)
+        started = (trained / "ckpt.pt").exists()
+        with torch.enable_grad():
+            train.main([f"--out_dir={trained}", *(["--init_from=resume"] if started else settings)])
+        if not (sampled / "samples/verify.json").exists():
+            sampled.mkdir(exist_ok=True)
+            (sampled / "ckpt.pt").unlink(missing_ok=True)
+            os.link(trained / "ckpt.pt", sampled / "ckpt.pt")
+            main([*common, f"--out_dir={sampled}", *for_sample.split()])
+        report = next(iter(json.loads((sampled / "samples/verify.json").read_text()).values()))
+        rows, curves = report["rows"], report["curves"]
+        power = [np.median(np.divide(curves[k]["samples"], curves[k]["held_out"])) - 1 if curves[k]["samples"] else math.nan for k in data.POWERS]
+        errors = [rows[f"quantile {l}"]["error"] for l in data.SHOWN] + power + [rows[f"mean |bias| {k}"]["error"] for k in ("per cell", "beyond sampling")]
+        lines.append(f"{name:<30}" + "".join(f"{e:>+9.1%}" for e in errors[:6]) + "".join(f"{math.nan if e is None else e:>9.3f}" for e in errors[6:]) + f"  {seen or ' '.join(filter(None, (for_train, for_sample, f'--max_iters={share:g} x budget' if share != 1 else '')))}")
+    print(f"\n{c.budget} training steps each{' of train.py ' + c.train_args if c.train_args else ''}; errors of quantiles and power, |bias| per cell and beyond sampling error")
+    print(f"{'':<30}" + "".join(f"{t:>9}" for t in (*data.SHOWN, "space", "time", "|bias|", "beyond")) + ("  the dissertation, on UKCP18 rain" if c.experiment == "dissertation" else "  settings"))
+    print("\n".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -522,14 +651,22 @@ def print_table(name, units, r):
 def main(argv=None):
     c = train.configure(__file__, argv, CHOICES)
     check(c)
+    if c.experiment:
+        return run_experiment(c)
     out = Path(c.out_dir)
     rank, world = train.start_ranks(c)
     device, amp, compiled = train.pick_device(c)
     checkpoint = train.load_checkpoint(out / "ckpt.pt")
     settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
     network = train.build(checkpoint, device)
+    require(not c.exact or settings.dataset in ("climate", "gaussian"), f"--exact=true knows the law of climate and gaussian alone, not of {settings.dataset}")
     network.checkpoint_activations = c.checkpoint_activations
-    grid, step, problem = make_grid(c, settings, meta), make_step(c), pose(c, settings, meta)
+    law = data.latent_modes(settings.frames, settings.size) if c.exact else None
+    grid = make_grid(c, settings, meta | {"modes": law[0][law[0] > 0]} if c.exact else meta)
+    step, problem = make_step(c), pose(c, settings, meta)
+    if c.exact:  # the latent field on the box twice as wide, of which nothing is known
+        problem.y = problem.mask = torch.zeros(c.num_samples, 1, settings.frames, 2 * settings.size, 2 * settings.size)
+        exact = exact_denoiser(*(a.to(device) for a in law))
     drawn_by = fingerprint(c, out / "ckpt.pt")
     if c.method == "auto":
         c.method = "trained" if meta["known"] else "moment_matching"
@@ -563,7 +700,7 @@ def main(argv=None):
             y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
             for window in problem.windows:
                 known = diffusion.Observation(y[:, :, window], mask[:, :, window], problem.factor)
-                denoise = guided(c, run, settings, meta, known, None if problem.told is None else problem.told[rows][:, :, window].to(device))
+                denoise = exact if c.exact else guided(c, run, settings, meta, known, None if problem.told is None else problem.told[rows][:, :, window].to(device))
                 if c.task == "edit":
                     z = diffusion.diffuse(given[rows], grid[:1], noise(given[rows]))
                 elif c.task == "encode":
@@ -593,7 +730,13 @@ def main(argv=None):
     y = torch.stack([torch.load(parts / f"{i:06d}.pt", weights_only=True) for i in range(c.num_samples)])
     if c.task == "encode":
         print(f"round trip: RMS difference {(y - given.cpu()).pow(2).mean().sqrt():.2e} standard deviations")
-    x = data.denormalise(y, meta["transform"], meta["valid"])  # (N, C, L, H, W)
+    if c.exact:  # of the latent field on the box, cut to the domain; every season is as likely
+        y = y[..., : settings.size, : settings.size]
+        c_season = torch.from_numpy(data.threshold(np.arange(c.num_samples))).float().view(-1, 1, 1, 1, 1)
+        x = (data.rain(y, c_season) if settings.dataset == "climate" else y).numpy()
+        y = data.normalise(x, meta["transform"])[0]
+    else:
+        x = data.denormalise(y, meta["transform"], meta["valid"])  # (N, C, L, H, W)
     seen = diffusion.Observation(problem.y, problem.mask, problem.factor)
     problem.lifted = np.where(seen.lift(seen.mask) > 0, data.denormalise(seen.lift(seen.y), meta["transform"]), np.nan)
     problem.unseen = None if problem.truth is None else np.where(np.isfinite(problem.lifted) & (problem.factor == 1), np.nan, problem.truth)
@@ -623,49 +766,58 @@ def main(argv=None):
         written.append("theory.png")
     if c.verify and c.task in ("generate", *GIVEN, "extend", "loop"):
         written += verify(c, settings, meta, problem, x, ensemble, lead, folder)
+        if settings.dataset == "gaussian" and meta["transform"][0]["name"] == "none" and c.task == "generate" and y[0].numel() <= 4096:
+            blank = lambda z: diffusion.Observation(torch.zeros_like(z), torch.zeros_like(z))
+            denoise = None if c.exact else lambda z, logsnr: guided(c, run, settings, meta, blank(z), None)(z, logsnr)
+            report = json.loads((folder / "verify.json").read_text()) | {"ruler": ruler(denoise, y, settings, meta, c.batch_size, device)}
+            with data.replacing(folder / "verify.json") as f:
+                f.write(json.dumps(report, indent=1).encode())
     print(f"\n{folder}/: {', '.join(written)}")
 
 
 def verify(c, settings, meta, problem, x, ensemble, lead, folder):
     """Compare with held-out clips, or where something was given with what then came; tables, verify.json and verify.png."""
-    T = settings.frames
+    T, L = settings.frames, x.shape[2]
     climate = data.open_climate(settings.dataset, settings.variables, settings.size, settings.seed)
     train_starts, test = data.split_windows(climate, T)
     test = data.apart(test, T)
-    held_out = data.clips(climate, test[:: max(1, len(test) // 2000)], T)  # at most about 4000
-    drawn = data.clips(climate, train_starts[np.linspace(0, len(train_starts) - 1, 50).astype(int)], 1)  # (50, C, 1, H, W)
-    report = {}
+    area, report = data.latitude_weights(meta["coords"], meta["dims"]), {}
+    if problem.unseen is None:  # nothing but the law of the data to compare with; long sequences in pieces
+        n = min(T, L)
+        truth = data.clips(climate, test[:: max(1, len(test) // 2000)], n)  # at most about 4000
+        x, sequences = np.concatenate([x[:, :, t : t + n] for t in range(0, L - n + 1, n)]), x
+        law = data.rain_law(settings.size, data.LEVELS, c.dry) if settings.dataset == "climate" else None
+    else:
+        generated = np.isfinite(problem.unseen).any((0, 1, 3, 4))  # frames
+        x, truth, law = x[:, :, generated], problem.truth[:, :, generated], None
+        drawn = data.clips(climate, train_starts[np.linspace(0, len(train_starts) - 1, 50).astype(int)], 1)  # (50, C, 1, H, W)
     for i, name in enumerate(meta["names"]):
-        floor, units, suffix = 0.0 if meta["transform"][i]["floor"] == 0 else None, meta["attrs"][i].get("units", "1"), f"_{name}" if i else ""
-        if problem.unseen is None:  # nothing but the law of the data to compare with
-            n = min(T, x.shape[2])
-            pieces = np.concatenate([x[:, i, t : t + n] for t in range(0, x.shape[2] - n + 1, n)])
-            report[name] = data.compare(pieces, held_out[:, i, :n], floor, c.dry)
-            verification_picture(folder / f"verify{suffix}.png", report[name], pieces, held_out[:, i, :n], meta, i)
-            print_table(name, units, report[name])
-            if len(problem.windows) > 1 and x.shape[2] >= 2 * T:
-                made_by = np.argmax([np.isin(np.arange(x.shape[2]), w) for w in problem.windows], 0)  # the first window with each frame
-                joins = 1 + np.flatnonzero(np.diff(made_by))
-                report[name]["drift"] = data.drift(x[:, i], joins, T, floor, c.dry)
-                print(f"  {'from beginning to end':<52}{'first':>10}{'last':>10}{'ratio':>8}")
+        floor, units, picture = 0.0 if meta["transform"][i]["floor"] == 0 else None, meta["attrs"][i].get("units", "1"), folder / f"verify{f'_{name}' if i else ''}.png"
+        report[name] = data.compare(x[:, i], truth[:, i], floor, c.dry, area, law, units)
+        print_table(name, units, report[name])
+        if problem.unseen is None:
+            verification_picture(picture, report[name], meta, i)
+            if L >= 2 * T:
+                made_by = np.argmax([np.isin(np.arange(L), w) for w in problem.windows], 0)  # the first window with each frame
+                report[name]["drift"] = data.drift(sequences[:, i], 1 + np.flatnonzero(np.diff(made_by)), T, floor, c.dry)
+                print(f"  {'from the first clip to the last':<52}{'first':>10}{'last':>10}{'ratio':>8}")
                 for label, (a, b, ratio) in report[name]["drift"].items():
                     print(f"  {label:<52}{a:>10.4f}{b:>10.4f}{ratio:>8.3f}")
             continue
-        references, unseen = {}, problem.unseen[:, i]
-        when = np.flatnonzero((np.isfinite(problem.lifted[0, i]) >= np.isfinite(problem.truth[0, i])).all((-2, -1)))  # frames that are wholly known
-        if problem.factor == 1 and len(when):
-            nearest = when[np.abs(np.arange(x.shape[2])[:, None] - when).argmin(1)]
-            references["persistence"] = problem.truth[None, :, i, nearest]
-        elif problem.factor > 1:
+        references = {}
+        whole = np.flatnonzero((np.isfinite(problem.lifted[0, i]) >= np.isfinite(problem.truth[0, i])).all((-2, -1)))  # frames wholly known
+        if problem.factor > 1:
             references["block means"] = problem.lifted[None, :, i]
+        elif len(whole):  # the nearest known frame
+            references["persistence"] = problem.truth[None, :, i, whole[np.abs(np.arange(L)[:, None] - whole).argmin(1)]]
         references["climatology"] = drawn[:, None, i]  # (50, 1, 1, H, W)
-        r = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), unseen, references, lead)
-        frames = np.isfinite(unseen).any((0, 2, 3))
-        samples, truth = x[:, i, frames], problem.truth[:, i, frames]
-        report[name] = data.compare(samples, truth, floor, c.dry) | {"ensemble": r}
-        ensemble_picture(folder / f"verify{suffix}.png", r, report[name], samples, truth, meta, i)
-        print_table(name, units, report[name])
+        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead)
         print_ensemble(name, units, r)
+        ensemble_picture(picture, r, report[name]["curves"], meta, i)
+    if len(meta["names"]) > 1:
+        report["correlation"] = data.cross_correlations(x, truth, meta["names"], area)
+        for label, e in report["correlation"].items():
+            print(f"correlation of {label:<28}{e['values'][0]:>10.3f}{e['values'][1]:>10.3f}{e['error']:>+10.3f}  {'~' if e['within_sampling_error'] else ''}")
     with data.replacing(folder / "verify.json") as f:
         f.write(json.dumps(report, indent=1).encode())
     return ["verify.json", "verify.png"]

@@ -50,7 +50,8 @@ size = 32  # grid side of the built-in data
 condition = ""  # what the network is told, comma-separated: known (parts of the clip, drawn at random; or some of prefix, suffix, every, ends, blocks, coarse, nothing), hour, day, a static field or series of the dataset
 condition_dropout = 0.1  # share of clips that are told no hour, day, field or series, for guidance_scale
 image_share = 0.0  # share of clips that are single frames from anywhere, with nothing mixed between them
-transform = "auto"  # auto, none, sqrt, cbrt, log; one for all variables or one each, comma-separated
+transform = "auto"  # auto, none, sqrt, cbrt, log, quantile, censored, learnt; one for all variables or one each, comma-separated
+transform_iters = 300  # of transform learnt: steps during which it learns jointly with the network; then it is frozen
 # network
 width = 64  # channels at the first level, a multiple of 16
 mults = "1,2"  # channel multiples; every further level halves the resolution
@@ -144,7 +145,7 @@ def check(c):
     """Refuse settings that cannot work, before anything is read or written."""
     for name in ("frames", "size", "width", "blocks", "patch", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval", "bound_steps", "ode_clips"):
         require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
-    for name in ("warmup_iters", "weight_decay", "min_lr", "grad_clip", "seed", "ode_steps"):
+    for name in ("warmup_iters", "weight_decay", "min_lr", "grad_clip", "seed", "ode_steps", "transform_iters"):
         require(getattr(c, name) >= 0, f"--{name}={getattr(c, name)} must not be negative")
     require(c.width % 16 == 0, f"--width={c.width} must be a multiple of 16")
     require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", c.mults), f"--mults={c.mults} must be whole numbers like 1,2,4")
@@ -419,7 +420,7 @@ def learning_rate_at(step, c):
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-FIXED = ("dataset", "variables", "frames", "size", "condition", "transform", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
+FIXED = ("dataset", "variables", "frames", "size", "condition", "transform", "transform_iters", "width", "mults", "blocks", "patch", "wrap_x", "param", "linear_skip", "schedule", "logsnr_min", "logsnr_max", "shift", "seed")
 
 
 def logged_until(line, step):
@@ -549,11 +550,18 @@ def main(argv=None):
     groups = [{"params": [p for p in network.parameters() if p.ndim >= 2]}, {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
     skipped, in_a_row = torch.zeros(2, device=device)  # steps without a finite gradient; on the device: no synchronisation
+    # A learnt transform moves the data under the network while it learns. So it does that first, while mean and modes stay
+    # those of its first fit (the network learns what they miss), and is then frozen and they are measured again. Its weights,
+    # and the table they make, are in the checkpoint's description of the data: resumed, it learns on
+    learning = [w.requires_grad_() for f in meta["transform"] for w in f.get("weights", [])]
+    transform_optimizer = torch.optim.Adam(learning or [torch.zeros(0)])
     earlier = []  # losses of the last run that are not yet in the log
     if checkpoint:
         set_optimizer_state_dict(network, optimizer, checkpoint["optimizer"], options=WHOLE)
         for p, state in optimizer.state.items():  # a fused optimiser pairs entries by their place in memory
             state.update({k: torch.empty_like(p).copy_(v).detach() for k, v in state.items() if v.shape == p.shape})
+        if learning:
+            transform_optimizer.load_state_dict(checkpoint["transform_optimizer"])
         earlier, (skipped, in_a_row) = checkpoint["pending"], torch.tensor(checkpoint["skipped"], device=device)
     evaluate_now = lambda: evaluate(ema.module, climate, test_starts, c, meta, device, amp)
     if c.eval_only:
@@ -577,7 +585,7 @@ def main(argv=None):
         checkpoint = {  # all ranks take part, rank 0 has the result
             "format": FORMAT, "settings": vars(c), "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step, "pending": earlier + gather(seen, world),
             "skipped": [float(skipped), float(in_a_row)], "model": get_model_state_dict(network, options=WHOLE), "ema": get_model_state_dict(ema.module, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(network, optimizer, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(network, optimizer, options=WHOLE), "transform_optimizer": transform_optimizer.state_dict(),
         }  # fmt: skip
         if rank == 0:
             save_checkpoint(out / "ckpt.pt", checkpoint)
@@ -588,8 +596,13 @@ def main(argv=None):
     bar = tqdm(total=c.max_iters, initial=step, desc="training", unit="it", smoothing=0.05, disable=rank > 0)
     network.train()
     while step < c.max_iters and not stop:
+        if learning and step >= c.transform_iters:
+            learning = []
+            data.refresh(meta["transform"], freeze=True)
+            meta["mean"], meta["modes"] = mean_and_modes(climate, train_starts, c, meta["transform"])
+            run = run_network(model, device, amp, c, meta)
         lr = learning_rate_at(step, c)
-        for group in optimizer.param_groups:
+        for group in [*optimizer.param_groups, *transform_optimizer.param_groups]:
             group["lr"] = lr
         for micro in range(rank, c.gradient_accumulation_steps, world):
             last = micro + world >= c.gradient_accumulation_steps  # gradients are averaged over ranks once a step
@@ -597,8 +610,9 @@ def main(argv=None):
                 network.set_requires_gradient_sync(last)
             with nullcontext() if last or world == 1 or c.shard else model.no_sync():
                 b = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
+                b.x, gain = data.learn(b.physical, b.x, meta["transform"]) if learning else (b.x, 0)
                 loss, v_error = batch_loss(run, c, meta, b)
-                (loss.mean() * world / c.gradient_accumulation_steps).backward()
+                ((loss.mean() - gain) * world / c.gradient_accumulation_steps).backward()
             seen.append((loss.detach(), v_error, b.logsnr))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), c.grad_clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -610,6 +624,15 @@ def main(argv=None):
         skipped, in_a_row = skipped + bad, (in_a_row + bad) * bad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if learning:
+            for w in learning:
+                w.grad.nan_to_num_(0, 0, 0)
+                if world > 1:
+                    dist.all_reduce(w.grad)
+                    w.grad /= world
+            transform_optimizer.step()
+            transform_optimizer.zero_grad(set_to_none=True)
+            data.refresh(meta["transform"])
         ema.update_parameters(network)
         step += 1
         clips_done += c.batch_size * c.gradient_accumulation_steps
