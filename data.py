@@ -20,7 +20,7 @@ CELL_KM, ELL_KM, WIND_KM_H = 8.8, 300.0, 25.0  # grid spacing, correlation lengt
 MEAN_SHARE, MEAN_HOURS, MEMORY_HOURS = 0.4, 48.0, 12.0  # the k = 0 mode: its variance and memory; memory at k = 0+
 THRESHOLD, POWER, RATE = 0.80, 2.4, 0.85  # rain = RATE s(y, x) max(0, z - THRESHOLD)^POWER mm/h
 SEASONAL = 0.05  # the threshold moves by this over the year: wetter winters
-SEASONS, SEASON_HOURS = 80, 1440  # 20 years of four seasons, the first 60 days of each: 115200 frames
+SEASONS, SEASON_HOURS = 160, 1440  # 40 years of four seasons, the first 60 days of each: 230400 frames
 
 
 def spectrum(size):
@@ -101,24 +101,30 @@ def latent_modes(frames, size):
 
 
 def generate(path, kind, size, seed):
-    """Write the built-in data: (SEASONS * SEASON_HOURS, size, size) float32 .npy, through a temporary file."""
+    """Write the built-in data: (SEASONS, SEASON_HOURS, size, size) float16 .npy, through a temporary file.
+
+    Season k + 5 of every ten is season k with its latent field negated (both train or both test). Each has the exact law
+    by itself; together they cancel most of the record's own sampling error, which the slow k = 0 mode makes large: that
+    of the 0.9 quantile of rain falls from 11 % to 4 %, what a float32 record of 80 independent seasons would have.
+    """
     S, rate, phase = spectrum(size)
     generator = torch.Generator().manual_seed(seed)
     decay = torch.exp(-rate - 1j * phase).to(torch.complex64)
     kick = (S * -torch.expm1(-2 * rate)).sqrt().to(torch.complex64)
-    draw = lambda: math.sqrt(2) * torch.randn(SEASONS // 2, *S.shape, dtype=torch.complex64, generator=generator)
+    draw = lambda: math.sqrt(2) * torch.randn(SEASONS // 4, *S.shape, dtype=torch.complex64, generator=generator)
     c = torch.from_numpy(threshold(np.arange(SEASONS))).float()[:, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (SEASONS, SEASON_HOURS, size, size))
+        out = np.lib.format.open_memmap(temporary, "w+", np.float16, (SEASONS, SEASON_HOURS, size, size))
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error while writing the map
             with open(temporary, "r+b") as f:
                 os.posix_fallocate(f.fileno(), 0, os.path.getsize(temporary))
         z = S.sqrt() * draw()
         for hour in tqdm(range(SEASON_HOURS), desc=f"making {path}", unit="h"):
             field = torch.fft.ifft2(z, norm="forward")[:, :size, :size]  # real and imaginary part: two seasons
-            field = torch.stack([field.real, field.imag], 1).flatten(0, 1)  # (SEASONS, size, size)
+            field = torch.stack([field.real, field.imag], 1).view(-1, 5, size, size)  # (SEASONS / 10, 5, size, size)
+            field = torch.cat([field, -field], 1).flatten(0, 1)  # (SEASONS, size, size)
             out[:, hour] = field if kind == "gaussian" else rain(field, c)
             z = decay * z + kick * draw()
         out.flush()
@@ -966,10 +972,11 @@ def rank_histogram(ensemble, truth, seed=0):
     return np.bincount(rank, minlength=len(ensemble) + 1) / max(len(rank), 1)
 
 
-def verify_ensemble(ensemble, truth, references, lead):
+def verify_ensemble(ensemble, truth, references, lead, least=-math.inf):
     """Scores per frame of one variable, a dict of plain values. ensemble (M, N, T, H, W), truth (N, T, H, W) with NaN.
 
-    references: {name: (M', N, T, H, W) or broadcastable} to compare with, persistence and climatology say; lead (T,) hours.
+    references: {name: (M', N, T, H, W) or broadcastable} to compare with, persistence and climatology say; lead (T,) hours;
+    least: values up to it count as equal in the ranks (dry is dry: no rank for 0.001 mm/h above 0).
     """
     frames, over = np.isfinite(truth).any((0, 2, 3)), (0, 2, 3)
     ensemble, truth, lead = ensemble[:, :, frames], truth[:, frames], np.asarray(lead)[frames]
@@ -981,7 +988,7 @@ def verify_ensemble(ensemble, truth, references, lead):
     if len(ensemble) > 1:
         out["spread"], out["rmse"] = (v.tolist() for v in spread_skill(ensemble, truth, over))
         spread, rmse = spread_skill(ensemble, truth, None)
-        out["spread_skill"], out["rank_histogram"] = float(spread / rmse), rank_histogram(ensemble, truth).tolist()
+        out["spread_skill"], out["rank_histogram"] = float(spread / rmse), rank_histogram(*(np.maximum(a, least) for a in (ensemble, truth))).tolist()
     return out
 
 

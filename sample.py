@@ -811,7 +811,7 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
         elif len(whole):  # the nearest known frame
             references["persistence"] = problem.truth[None, :, i, whole[np.abs(np.arange(L)[:, None] - whole).argmin(1)]]
         references["climatology"] = drawn[:, None, i]  # (50, 1, 1, H, W)
-        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead)
+        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + c.dry)
         print_ensemble(name, units, r)
         ensemble_picture(picture, r, report[name]["curves"], meta, i)
     if len(meta["names"]) > 1:

@@ -639,7 +639,7 @@ def test_unet_compiles_without_a_break():
 # climate arrays
 
 
-def small_builtin(monkeypatch, tmp_path, kind="climate", size=8, seasons=8, hours=400):
+def small_builtin(monkeypatch, tmp_path, kind="climate", size=8, seasons=20, hours=400):
     monkeypatch.setattr(data, "SEASONS", seasons)
     monkeypatch.setattr(data, "SEASON_HOURS", hours)
     return data.builtin(kind, size, 0, tmp_path)
@@ -650,8 +650,11 @@ def test_builtin_gaussian_has_its_covariance(monkeypatch, tmp_path):
     exact = data.gaussian_covariance(8, 6).numpy()
     np.testing.assert_allclose(np.diag(exact), 1, atol=1e-12)
     assert np.linalg.eigvalsh(exact).min() > 0
-    # every season is an independent draw of the field: 240 of them at lag 0 .. 7, compared mode by mode
-    first = c.frames(0, len(c)).reshape(240, 40, 36)[:, :8].reshape(240, 288)
+    seasons = c.frames(0, len(c)).reshape(24, 2, 5, 40, 36)
+    assert (seasons[:, 1] == -seasons[:, 0]).all()
+    # every season of a half is an independent draw of the field: 240 of them at lag 0 .. 7, compared mode by mode
+    first = seasons[:, 0, :, :8].reshape(120, 288)
+    first = np.concatenate([first, seasons[:, 0, :, 20:28].reshape(120, 288)])  # the memory of the mean is 48 h
     values, vectors = np.linalg.eigh(exact)
     scores = (first @ vectors) ** 2 / values  # each column a mean of 240 chi-squared variables
     assert np.abs(scores.mean(0) - 1).max() < 5.5 * math.sqrt(2 / 240) and abs(scores.mean() - 1) < 0.02
@@ -698,9 +701,9 @@ def test_windows_stay_within_blocks_and_gaps():
 
 
 def test_every_fifth_season_is_test(monkeypatch, tmp_path):
-    c = small_builtin(monkeypatch, tmp_path, size=4, seasons=10, hours=12)
+    c = small_builtin(monkeypatch, tmp_path, size=4, seasons=20, hours=12)
     train_starts, test = data.split_windows(c, 8)
-    assert sorted(set(test // 12)) == [4, 9] and len(test) == 2 * 5 and len(train_starts) == 8 * 5
+    assert sorted(set(test // 12)) == [4, 9, 14, 19] and len(test) == 4 * 5 and len(train_starts) == 16 * 5
 
 
 SMOOTH = [n for n in data.TRANSFORMS if n != "censored"]  # those that need no atom
@@ -1482,6 +1485,8 @@ def test_ensemble_scores():
     assert spread / rmse == pytest.approx(1, abs=0.02) and rmse == pytest.approx(math.sqrt(1 + 1 / M), abs=0.02)
     np.testing.assert_allclose(data.rank_histogram(*calibrated), 1 / (M + 1), atol=0.012)
     np.testing.assert_allclose(data.rank_histogram(np.zeros((M, 20000)), np.zeros(20000)), 1 / (M + 1), atol=0.012)  # dry, all of them
+    drizzle = data.verify_ensemble(rng.random((M, 20000, 1, 1, 1)) * 0.01, np.zeros((20000, 1, 1, 1)), {}, [0.0], 0.01)
+    np.testing.assert_allclose(drizzle["rank_histogram"], 1 / (M + 1), atol=0.012)
     assert data.rank_histogram(members, truth - 9)[0] == 1 and data.rank_histogram(members, truth + 9)[M] == 1
     gappy = truth.copy()
     gappy[:, 0] = np.nan
