@@ -90,7 +90,7 @@ def check(c):
         ("snr", 0.16, "sampler", ("pc", "langevin")), ("edit_logsnr", -2.0, "task", ("edit",)), ("every", 2, "task", ("interpolate",)), ("factor", 4, "task", ("superres",)),
         ("reverse", False, "task", ("extend",)), ("members", 1, "task", (*GIVEN, "extend", "loop")), ("guidance_weight", 3.0, "method", ("guidance",)), ("cg_steps", 8, "method", ("auto", "moment_matching")),
         ("obs_std", 0.0, "method", ("auto", "moment_matching")), ("method", "auto", "task", (*GIVEN, "extend", "loop", "generate")), ("length", 0, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
-        ("frames", 0, "task", ("generate", *GIVEN, "extend", "loop")),
+        ("frames", 0, "task", ("generate", *GIVEN, "extend", "loop")), ("known", 2, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
     ):  # fmt: skip
         require(getattr(c, name) == default or getattr(c, key) in owners, f"--{name} belongs to --{key}={' or '.join(owners)}, not {getattr(c, key)}")
     for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
@@ -110,7 +110,7 @@ def pose(c, settings, meta):
     """
     T, R, K, size, record = c.frames or settings.frames, c.num_samples // c.members, c.known, tuple(meta["size"]), None
     L = c.length or {"extend": 4 * T, "loop": 2 * (T - K)}.get(c.task, T)
-    require(K < T or c.task not in (*FRAME_MASKS, "extend", "loop"), f"--known={K} leaves nothing of {T} frames to draw")
+    require(K < min(T, L) or c.task not in (*FRAME_MASKS, "extend", "loop"), f"--known={K} leaves nothing of {min(T, L)} frames to draw")
     require(L >= T or c.task not in ("extend", "loop"), f"--length={L} is less than a window of {T} frames")
     require(c.task != "loop" or L >= 2 * (T - K), f"--length={L}: a loop of windows of {T} frames that share {K} has at least {2 * (T - K)}")
     require(c.task != "bridge" or L > 2 * K, f"--length={L} leaves nothing between {K} frames on either side")
@@ -671,6 +671,7 @@ def main(argv=None):
     if c.method == "auto":
         c.method = "trained" if meta["known"] else "moment_matching"
     require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=moment_matching")
+    require(c.method == "moment_matching" or (c.obs_std == 0 and c.cg_steps == 8), f"--obs_std and --cg_steps belong to --method=moment_matching, not {c.method}")
     require(c.guidance_scale == 1 or meta["conditions"] or c.method == "trained", "--guidance_scale needs a checkpoint of train.py with --condition")
     run = train.run_network(torch.compile(network) if compiled else network, device, amp, settings, meta)
     folder = out / "samples"

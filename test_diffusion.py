@@ -1561,12 +1561,14 @@ def test_every_task_meets_what_is_known(method, tmp_path, monkeypatch):
     np.save(tmp_path / "holes.npy", holes)
     coarse = x[:40].reshape(40, 4, 2, 4, 2).mean((2, 4))
     np.save(tmp_path / "coarse.npy", coarse)
+    np.save(tmp_path / "now.npy", x[-2:])
+    now = [f"{task} --known=2 --input={tmp_path}/now.npy" for task in ("forecast", "hindcast")]  # nothing but what is known
     out = f"--out_dir={tmp_path}/out"
     train.main([f"--dataset={tmp_path}/f.npy", out, "--frames=5", "--width=16", "--mults=1", "--patch=2", "--max_iters=2", "--batch_size=2", "--eval_iters=1", "--device=cpu", "--dtype=float32",
                 "--condition=" + ("known" if method == "trained" else "")])  # fmt: skip
     clips = {}
     for task in ("forecast --known=2", "hindcast --known=1", "interpolate --every=2", "bridge --known=1 --length=7", f"inpaint --input={tmp_path}/holes.npy", f"superres --factor=2 --input={tmp_path}/coarse.npy",
-                 "superres --factor=4", "forecast --known=2 --length=11 --frames=6", "extend --known=2 --length=12 --reverse=true", "loop --known=2"):  # fmt: skip
+                 "superres --factor=4", "forecast --known=2 --length=11 --frames=6", "extend --known=2 --length=12 --reverse=true", "loop --known=2", *now):  # fmt: skip
         sample.main([out, f"--method={method}", f"--verify={str(method == 'trained').lower()}", "--steps=3", "--num_samples=2", "--batch_size=1", "--device=cpu", "--dtype=float32", *f"--task={task}".split()])
         got = np.load(tmp_path / "out/samples/samples.npz")
         clips[task] = got["samples"][:, 0] if "forecast_reference_time" in got else got["samples"][:, None]
@@ -1575,6 +1577,7 @@ def test_every_task_meets_what_is_known(method, tmp_path, monkeypatch):
     at = lambda task, first, n: np.stack([x[i + first : i + first + n] for i in clips[task + " at"]])
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(x).max())
     close(clips["forecast --known=2"][:, 0, :2], at("forecast --known=2", -1, 2))
+    close(clips[now[0]][:, 0, :2], np.stack([x[-2:]] * 2)), close(clips[now[1]][:, 0, 3:], np.stack([x[-2:]] * 2))
     close(clips["hindcast --known=1"][:, 0, 4:], at("hindcast --known=1", 0, 1))
     close(clips["interpolate --every=2"][:, 0, ::2], at("interpolate --every=2", 0, 5)[:, ::2])
     close(clips["forecast --known=2 --length=11 --frames=6"][:, 0, :2], at("forecast --known=2 --length=11 --frames=6", -1, 2))
@@ -1837,7 +1840,7 @@ def bad(script, line, message):
     bad(sample, "--task=paint", "invalid choice"), bad(sample, "--task=encode --sampler=ancestral", "deterministic"), bad(sample, "--input=good.npy", "belongs to"), bad(sample, "--task=morph --sampler=ode --num_samples=1", "at least 2"),
     bad(sample, "--out_dir=ok --task=edit --edit_logsnr=50", "outside the grid"), bad(sample, "--out_dir=ok --task=edit --input=nowhere", "neither"), bad(sample, "--out_dir=ok --task=edit --input=other_grid.npy", "the checkpoint needs"),
     bad(sample, "--out_dir=ok --task=forecast --known=4", "leaves nothing"), bad(sample, "--out_dir=ok --task=superres --factor=4", "does not divide"), bad(sample, "--out_dir=ok --method=trained", "--condition=known"), bad(sample, "--members=2", "belongs to"),
-    bad(sample, "--task=forecast --members=3", "multiple of"), bad(sample, "--every=3", "belongs to"), bad(sample, "--out_dir=ok --task=extend --length=3", "less than a window"), bad(sample, "--out_dir=ok --task=loop --known=1 --length=4", "at least 6"),
+    bad(sample, "--task=forecast --members=3", "multiple of"), bad(sample, "--every=3", "belongs to"), bad(sample, "--task=superres --known=3", "belongs to"), bad(sample, "--out_dir=ok --method=imputation --task=forecast --obs_std=0.1", "belongs to"), bad(sample, "--out_dir=ok --task=extend --length=3", "less than a window"), bad(sample, "--out_dir=ok --task=loop --known=1 --length=4", "at least 6"),
     bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
     bad(sample, "--out_dir=ok --guidance_scale=2", "needs a checkpoint"), bad(sample, "--out_dir=ok --task=forecast --length=99", "at least 198"),
     bad(train, "--dataset=good.npy --frames=4 --condition=hour", "calendar"), bad(train, "--dataset=good.npy --frames=4 --condition=hill", "is not one of known"), bad(train, "--image_share=1", "[0, 1)"),
