@@ -972,11 +972,12 @@ def rank_histogram(ensemble, truth, seed=0):
     return np.bincount(rank, minlength=len(ensemble) + 1) / max(len(rank), 1)
 
 
-def verify_ensemble(ensemble, truth, references, lead, least=-math.inf):
+def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asarray):
     """Scores per frame of one variable, a dict of plain values. ensemble (M, N, T, H, W), truth (N, T, H, W) with NaN.
 
     references: {name: (M', N, T, H, W) or broadcastable} to compare with, persistence and climatology say; lead (T,) hours;
-    least: values up to it count as equal in the ranks (dry is dry: no rank for 0.001 mm/h above 0).
+    least: values up to it count as equal in the ranks (dry is dry: no rank for 0.001 mm/h above 0); g: the transform in
+    which spread and error are compared once more, where a few extremes do not make up most of the squared error.
     """
     frames, over = np.isfinite(truth).any((0, 2, 3)), (0, 2, 3)
     ensemble, truth, lead = ensemble[:, :, frames], truth[:, frames], np.asarray(lead)[frames]
@@ -987,8 +988,13 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf):
     out["energy_score"] = np.nanmean(energy_score(ensemble, truth), 0).tolist()
     if len(ensemble) > 1:
         out["spread"], out["rmse"] = (v.tolist() for v in spread_skill(ensemble, truth, over))
-        spread, rmse = spread_skill(ensemble, truth, None)
-        out["spread_skill"], out["rank_histogram"] = float(spread / rmse), rank_histogram(*(np.maximum(a, least) for a in (ensemble, truth))).tolist()
+        some = np.isfinite(truth).any((1, 2, 3))
+        chosen = np.random.default_rng(0).integers(0, some.sum(), (1000, some.sum()))  # conditions, drawn again
+        for name, f in (("spread_skill", lambda a: a), ("spread_skill_transformed", g)):
+            v, e = (a[some] ** 2 for a in spread_skill(f(ensemble), f(truth), (1, 2, 3)))  # (N,)
+            interval = np.quantile(np.sqrt(v[chosen].mean(1) / e[chosen].mean(1)), (0.025, 0.975))
+            out[name] = [math.sqrt(v.mean() / e.mean()), *interval.tolist()]  # with its 95 % interval
+        out["rank_histogram"] = rank_histogram(*(np.maximum(a, least) for a in (ensemble, truth))).tolist()
     return out
 
 

@@ -483,7 +483,9 @@ def ensemble_picture(path, r, curves, meta, channel):
 def print_ensemble(name, units, r):
     """The scores of an ensemble, a line per frame."""
     references = [k for k in r if k.startswith("crps_")]
-    print(f"\n{name} [{units}]: {r['members']} members, {r['conditions']} conditions" + (f", spread / error {r['spread_skill']:.3f}" if "spread" in r else ""))
+    print(f"\n{name} [{units}]: {r['members']} members, {r['conditions']} conditions")
+    for label, key in ((f"in {units}", "spread_skill"), ("transformed", "spread_skill_transformed")) if "spread" in r else ():
+        print("  spread / error, {:<14}{:.3f}, 95 % interval {:.3f} .. {:.3f}".format(label, *r[key]))
     print(f"  {'lead h':>8}{'CRPS':>12}" + "".join(f"{k[5:]:>14}" for k in references) + f"{'energy score':>14}" + (f"{'spread':>10}{'RMSE':>10}" if "spread" in r else ""))
     for i, lead in enumerate(r["lead_hours"]):
         print(f"  {lead:>8.4g}{r['crps'][i]:>12.4f}" + "".join(f"{r[k][i]:>14.4f}" for k in references) + f"{r['energy_score'][i]:>14.4f}" + (f"{r['spread'][i]:>10.4f}{r['rmse'][i]:>10.4f}" if "spread" in r else ""))
@@ -812,7 +814,8 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
         elif len(whole):  # the nearest known frame
             references["persistence"] = problem.truth[None, :, i, whole[np.abs(np.arange(L)[:, None] - whole).argmin(1)]]
         references["climatology"] = drawn[:, None, i]  # (50, 1, 1, H, W)
-        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + c.dry)
+        g = lambda a: np.where(np.isfinite(a), data.normalise(a[..., None, :, :, :], meta["transform"][i : i + 1])[0][..., 0, :, :, :].numpy(), np.nan)
+        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + c.dry, g)
         print_ensemble(name, units, r)
         ensemble_picture(picture, r, report[name]["curves"], meta, i)
     if len(meta["names"]) > 1:

@@ -1483,6 +1483,12 @@ def test_ensemble_scores():
     calibrated = signal + rng.normal(size=(M, 20000, 1, 1, 1)), signal + rng.normal(size=(20000, 1, 1, 1))
     spread, rmse = data.spread_skill(*calibrated, None)
     assert spread / rmse == pytest.approx(1, abs=0.02) and rmse == pytest.approx(math.sqrt(1 + 1 / M), abs=0.02)
+    few = [data.verify_ensemble(calibrated[0][:, i : i + 40], calibrated[1][i : i + 40], {}, [0.0]) for i in range(0, 4000, 40)]
+    inside = np.mean([low < 1 < high for low, high in (r["spread_skill"][1:] for r in few)])
+    assert 0.85 < inside < 1 and np.mean([r["spread_skill"][0] for r in few]) == pytest.approx(1, abs=0.02)
+    double = data.verify_ensemble(*calibrated, {}, [0.0], g=lambda a: np.where(a > 0, 2.0, 0.0) + 0 * a)["spread_skill_transformed"][0]
+    wet = np.stack([m > 0 for m in calibrated[0]]), calibrated[1] > 0
+    assert double == pytest.approx(math.sqrt(wet[0].var(0, ddof=1).mean() * (M + 1) / M / ((wet[0].mean(0) - wet[1]) ** 2).mean()), rel=1e-6)
     np.testing.assert_allclose(data.rank_histogram(*calibrated), 1 / (M + 1), atol=0.012)
     np.testing.assert_allclose(data.rank_histogram(np.zeros((M, 20000)), np.zeros(20000)), 1 / (M + 1), atol=0.012)  # dry, all of them
     drizzle = data.verify_ensemble(rng.random((M, 20000, 1, 1, 1)) * 0.01, np.zeros((20000, 1, 1, 1)), {}, [0.0], 0.01)
@@ -1539,7 +1545,7 @@ def test_an_ensemble_of_exact_forecasts_is_calibrated(monkeypatch, tmp_path):
     draw = ["--task=forecast", "--known=2", "--members=8", "--num_samples=640", "--batch_size=640", "--sampler=dpmpp", "--steps=24", "--cg_steps=24", "--device=cpu", "--dtype=float32"]
     sample.main(draw)
     r = json.loads((tmp_path / "out/samples/verify.json").read_text())["z"]["ensemble"]
-    assert abs(r["spread_skill"] - 1) < 0.06 and np.abs(np.array(r["rank_histogram"]) * 9 - 1).max() < 0.2
+    assert abs(r["spread_skill"][0] - 1) < 0.06 and np.abs(np.array(r["rank_histogram"]) * 9 - 1).max() < 0.2
     _, std, _ = field.posterior(field.known("frames", field.draw(1)))
     assert np.array(r["spread"]) / math.sqrt(9 / 8) == pytest.approx(std.reshape(4, -1)[2:].square().mean(1).sqrt().numpy(), rel=0.04)
     assert (np.array(r["crps"]) < 0.95 * np.minimum(r["crps_persistence"], r["crps_climatology"])).all()
