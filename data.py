@@ -473,18 +473,19 @@ def condition_values(climate, fitted, index, hours=None):
     """Channels (B, 1 + K, T, H, W) of the conditions at frames index (B, T), the first is 1: told. hours (B, T) where they
     run past the record, of which the series then keep their last value."""
     hours, index = climate.hours[index] if hours is None else hours, np.minimum(index, len(climate) - 1)
-    channels = [np.ones(index.shape)]
+    channels, everywhere = [np.ones((1, 1, 1, 1))], lambda v: v[..., None, None]  # each (B, T, H, W), or 1 for any of them
     for f in fitted:
+        if "period" not in f and f["name"] not in climate.extras:
+            raise InputError(f"this dataset has no '{f['name']}', which the model was trained to be told; it has {', '.join(climate.extras) or 'nothing of the kind'}")
         if "period" in f:
             angle = 2 * np.pi * (hours / f["period"] % 1)
-            channels += [np.sin(angle), np.cos(angle)]
+            channels += [everywhere(np.sin(angle)), everywhere(np.cos(angle))]
         elif "classes" in f:
-            channels += [climate.extras[f["name"]][index] == k for k in f["classes"]]
+            channels += [everywhere(climate.extras[f["name"]][index] == k) for k in f["classes"]]
         else:
             v = np.nan_to_num((np.asarray(climate.extras[f["name"]], np.float32) - f["mean"]) / f["std"])
-            channels.append(v[index] if v.ndim == 1 else v)
-    full = [np.broadcast_to(v[..., None, None] if v.shape == index.shape else v, (*index.shape, *climate.size)) for v in channels]
-    return torch.from_numpy(np.stack(full, 1).astype(np.float32))
+            channels.append(everywhere(v[index]) if v.ndim == 1 else v[None, None])
+    return torch.from_numpy(np.stack([np.broadcast_to(v, (*index.shape, *climate.size)) for v in channels], 1).astype(np.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1460,8 +1460,12 @@ def test_conditions_have_the_right_numbers():
     assert v[1, 5, 0, 0, 0] == v[1, 5, 1, 0, 0] == pytest.approx(0.5 / np.std(series), rel=1e-5)
     assert v[0, 6:9, 1, 0, 0].tolist() == [0, 1, 0]  # frame 7 is of class 1
     torch.testing.assert_close(v[0, 9, 0], torch.from_numpy((hill - hill.mean()) / hill.std()).float())
+    same_shape = data.condition_values(record, fitted, np.arange(6).reshape(2, 3))  # as many clips and frames as rows and columns
+    torch.testing.assert_close(same_shape[1, 9, 2], v[0, 9, 0]), torch.testing.assert_close(same_shape[1, 5, 2, 1, 2], same_shape[1, 5, 2, 0, 0])
     with pytest.raises(data.InputError, match="nao, kind, hill"):
         data.fit_conditions(record, ["hil"], np.arange(48))
+    with pytest.raises(data.InputError, match="no 'nao'"):
+        data.condition_values(data.Climate(record.pieces, hours, ["a"], [{}]), fitted, np.array([[6, 7]]))
     record.calendar = "none"
     with pytest.raises(data.InputError, match="calendar"):
         data.fit_conditions(record, ["hour"], np.arange(48))
