@@ -227,20 +227,7 @@ def modes_of_length(w, T):
     return v * w.mean(1, keepdim=True) / v.mean(1, keepdim=True)
 
 
-FACTORS = (1, 2, 4, 8)  # block means that a network can be told: those with factors it is trained with
-
-
-def known_projection(weight):
-    """The orthogonal projection onto what is known, from the weights in Observation.channels(): 1, or 1 / factor^2 for means.
-
-    weight (B, C, T, H, W), each clip with a factor of its own -> P(x), which is lift(A(x)) for every clip.
-    """
-    chosen = [(f, (weight * f**2 - 1).abs() < 0.01) for f in FACTORS if not any(n % f for n in weight.shape[-2:])]
-    mean = lambda x, f: x if f == 1 else interpolate_nearest(avg_pool3d(x, (1, f, f)), scale_factor=(1.0, f, f))
-    return lambda x: sum(which * mean(x, f) for f, which in chosen)
-
-
-def linear_part(z, logsnr, mean, w, param, known=None, steps=8):
+def linear_part(z, logsnr, mean, w, param):
     """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
     Per mode of z - alpha mean: E[x - mean | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and
@@ -248,22 +235,11 @@ def linear_part(z, logsnr, mean, w, param, known=None, steps=8):
     logsnr (B,) -> F like z, and the scale (B, 1, 1, 1, 1) of what is left: the root of the mean over modes of
     (alpha w / (alpha^2 w + sigma^2))^2, the variance of v that is unknown times the share of it that z tells of. It goes
     to 0 in pure noise, where x_hat is the mean of the data whatever their law, and to 1 without noise.
-
-    known: Observation.channels(), (B, 2C, T, H, W). Then E[x | z, y]: Gaussian data are moment matched exactly, with the
-    posterior variance sigma^2 w / (alpha^2 w + sigma^2) of each mode, by `steps` of conjugate gradients.
     """
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
     rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
-    Z = to_modes(z - alpha * mean)
-    F = a * mean + to_modes((a * alpha * w + b * sigma) / total * Z, inverse=True)
-    if known is not None:
-        y, weight = known.chunk(2, 1)
-        P, V = known_projection(weight), lambda x: to_modes(w / total * to_modes(x), inverse=True)
-        missed = y - P(mean + to_modes(alpha * w / total * Z, inverse=True))  # of E[x | z]
-        shift = V(conjugate_gradients(lambda u: P(V(u)), missed, steps))
-        F = F + (a - b * alpha / sigma) * shift  # x moves by shift, eps by -alpha / sigma times that
-    return F, rest
+    return a * mean + to_modes((a * alpha * w + b * sigma) / total * to_modes(z - alpha * mean), inverse=True), rest
 
 
 # ----------------------------------------------------------------------------------------------------------------------

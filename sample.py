@@ -673,7 +673,6 @@ def main(argv=None):
     if c.method == "auto":
         c.method = "trained" if meta["known"] else "moment_matching"
     require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=moment_matching")
-    require(c.method != "trained" or problem.factor in diffusion.FACTORS, f"--factor={c.factor} is not one of {diffusion.FACTORS[1:]}, which --method=trained knows: use --method=moment_matching")
     require(c.method == "moment_matching" or (c.obs_std == 0 and c.cg_steps == 8), f"--obs_std and --cg_steps belong to --method=moment_matching, not {c.method}")
     require(c.guidance_scale == 1 or meta["conditions"] or c.method == "trained", "--guidance_scale needs a checkpoint of train.py with --condition")
     run = train.run_network(torch.compile(network) if compiled else network, device, amp, settings, meta)

@@ -220,35 +220,6 @@ def test_linear_part_is_the_conditional_expectation():
     assert rest[0] < 1e-8 and rest[1].item() == pytest.approx(math.sqrt(0.5)) and rest[4].item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("param", D.PARAMS)
-def test_linear_part_given_what_is_known(param):
-    """Against E[x | z, y] by the textbook formula for data that are Gaussian in cosine modes; one batch, other operators."""
-    T, size, generator = 3, 4, torch.Generator().manual_seed(0)
-    n = T * size**2
-    basis = torch.eye(n, dtype=torch.float64).reshape(n, 1, T, size, size)
-    M = D.to_modes(basis).flatten(1)  # (cell, mode)
-    w = torch.exp(2 * torch.randn(n, generator=generator, dtype=torch.float64))
-    C, mean = (M * w) @ M.T, torch.randn(1, 1, size, size, generator=generator, dtype=torch.float64)
-    frames = torch.zeros(1, T, size, size, dtype=torch.float64)
-    frames[:, 0] = 1
-    masks = [(frames, 1), (torch.ones(1, T, 2, 2, dtype=torch.float64), 2), ((torch.rand(1, T, size, size, generator=generator) < 0.4).double(), 1), (0 * frames, 1)]
-    x, eps = ((torch.randn(4, n, generator=generator, dtype=torch.float64) * s @ M.T).reshape(4, 1, T, size, size) for s in (w.sqrt(), 1))
-    x, l = x + mean, f64([-6.0, -1.0, 1.0, 3.0])
-    z, channels, expected = D.diffuse(x, l, eps), [], []
-    for i, (mask, factor) in enumerate(masks):
-        known = D.Observation(x[i : i + 1], mask[None], factor)
-        known.y = known.A(known.y)
-        channels.append(known.channels())
-        alpha, sigma = D.alpha_sigma(l[i])
-        A = D.Observation(known.y, known.mask, factor).A(basis).flatten(1).T
-        rows = torch.cat([A[A.abs().sum(1) > 0], alpha * torch.eye(n, dtype=torch.float64)])  # y and z are linear in x
-        noise = torch.cat([torch.zeros(len(rows) - n, dtype=torch.float64), sigma**2 * torch.ones(n, dtype=torch.float64)]).diag()
-        seen = torch.cat([known.y.flatten()[A.abs().sum(1) > 0], z[i].flatten()]) - rows @ mean.expand(1, T, size, size).flatten()
-        expected.append((mean.expand(1, T, size, size).flatten() + C @ rows.T @ torch.linalg.solve(rows @ C @ rows.T + noise, seen)).reshape(1, T, size, size))
-    F, _ = D.linear_part(z, l, mean, w.reshape(1, T, size, size), param, torch.cat(channels), steps=200)
-    torch.testing.assert_close(D.to_x(F, z, l, param), torch.stack(expected), rtol=1e-5, atol=1e-5)
-
-
 def test_mask_leaves_cells_out_of_the_loss():
     x = torch.zeros(2, 1, 2, 3, 3)
     mask = torch.ones_like(x)
@@ -1264,7 +1235,7 @@ def test_moment_matching_draws_from_the_exact_conditional(kind):
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="prints a table; SLOW=1 pytest -s -k conditional_table")
 def test_conditional_table(capsys):
-    field = GaussianField(6, 6)
+    field = GaussianField(8, 8)
     with capsys.disabled():
         print("\n| method | " + " | ".join(kinds := ["frames", "every second", "cells", "means"]) + " |")
         for method in METHODS:
@@ -1488,16 +1459,16 @@ def test_what_the_network_is_told_in_training(tmp_path):
     coarse = (known > 0) & (known < 1)
     assert coarse.any() and set((1 / known[coarse].sqrt()).round().int().tolist()) <= {2, 4, 8}
     shares = [(k.flatten(1).sum(1) > 0).float().mean() for k in (known[16:], told)]
-    assert 0.5 < shares[0] < 0.9 and 0.55 < shares[1] < 0.85
+    assert 0.7 < shares[0] < 0.97 and 0.55 < shares[1] < 0.85
     step = (index * (told > 0))[:, :, 0, 0].diff(dim=1) * float(np.std(np.arange(60.0)[: len(starts)]))
     assert b.mix.tolist() == [0.0] * 16 + [1.0] * 48
     assert (step[16:].abs().amax(1) < 1.5).all() and (step[:16].abs().amax(1) > 1.5).any()  # frames follow each other, or not
     run = train.run_network(lambda z, l, cond, mix: torch.ones_like(z), torch.device("cpu"), torch.float32, c, meta)
     z, l = torch.zeros_like(b.x), torch.full((64,), -20.0)
-    rest = run(z, l, b.cond, b.mix)
-    base = D.linear_part(z, l, meta["mean"], D.modes_of_length(meta["modes"], 4), "v", b.cond[:, 1:3])[0]
+    rest = run(z, l, b.cond, b.mix) - run(z, l, b.cond, b.mix).new_tensor(0)
+    base = D.linear_part(z, l, meta["mean"], D.modes_of_length(meta["modes"], 4), "v")[0]
     anything = (b.cond[:, 1:] != 0).flatten(1).any(1)
-    assert ((rest - base)[16:].flatten(1).mean(1)[anything[16:]] - 1).abs().max() < 1e-3 and (rest - base)[16:][~anything[16:]].abs().max() < 1e-2
+    assert ((rest - base).flatten(1).mean(1)[anything] - 1).abs().max() < 1e-3 and (rest - base)[~anything].abs().max() < 1e-2
 
 
 def test_ensemble_scores():

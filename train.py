@@ -176,8 +176,7 @@ def pick_device(c):
 
 
 def run_network(network, device, dtype, c, meta):
-    """network(z, logsnr, cond, mix) under autocast; scaled and added in float32 to the linear part of mean and spectrum,
-    given what is known.
+    """network(z, logsnr, cond, mix) under autocast; scaled and added in float32 to the linear part of mean and spectrum.
 
     The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
     """
@@ -191,11 +190,9 @@ def run_network(network, device, dtype, c, meta):
         w = diffusion.modes_of_length(modes, z.shape[2])
         if mix is not None:  # unrelated frames: the same variance in every mode of time
             w = torch.where(diffusion.expand(mix, z) > 0, w, w.mean(1, keepdim=True))
-        first = len(mean) * meta["masked"]  # channel of the first condition
-        known = cond[:, first : first + 2 * len(mean)] if meta["known"] else None
-        linear, rest = diffusion.linear_part(z, logsnr, mean, w, c.param, known)
+        linear, rest = diffusion.linear_part(z, logsnr, mean, w, c.param)
         if meta["known"] or meta["conditions"]:
-            told = (cond[:, first:] != 0).flatten(1).any(1)
+            told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
         return linear + rest * F
 
@@ -292,9 +289,9 @@ def build(checkpoint, device):
 
 
 def split_conditions(c):
-    """--condition as kinds of known parts, one drawn per clip (of a quarter nothing is known), and names of the rest."""
+    """--condition as kinds of known parts and names of the rest."""
     names = [n.strip() for n in c.condition.split(",") if n.strip()]
-    kinds = (*data.KINDS, "nothing") if "known" in names else [n for n in names if n in data.KINDS]
+    kinds = data.KINDS if "known" in names else [n for n in names if n in data.KINDS]
     return list(kinds), [n for n in names if n != "known" and n not in data.KINDS]
 
 
