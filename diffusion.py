@@ -221,6 +221,8 @@ def modes_of_length(w, T):
     The variance of single frames, the mean over the modes of time, is kept. (C, T, H, W)
     """
     T0 = w.shape[1]
+    if T == T0:
+        return w
     k = (torch.arange(T, device=w.device, dtype=w.dtype) * T0 / T).clamp(max=T0 - 1)  # (T,)
     below, above = k.floor().long(), k.ceil().long()
     v = torch.lerp(w[:, below].log(), w[:, above].log(), expand(k - below, w[0])).exp()
@@ -587,7 +589,7 @@ def imputation(denoise, known):
 
 
 def reconstruction_guidance(denoise, known, weight):
-    """Imputation of x_hat - (weight alpha / 2) grad_z |y - A x_hat|^2 (Ho et al. 2022, eq. 7).
+    """Imputation of x_hat - (weight alpha / 2) grad_z |y - A x_hat|^2 (Ho et al. 2022, eq. 6).
 
     The square is a sum over the entries of each sample, so that weight means the same for any batch and shape.
     """
@@ -604,7 +606,7 @@ def reconstruction_guidance(denoise, known, weight):
 
 
 def moment_matching(denoise, known, steps=8, std=0.0):
-    """x_hat + V A' (std^2 + A V A')^-1 (y - A x_hat): E[x | z, y] were q(x | z) normal (Rozet et al. 2024, eq. 18).
+    """x_hat + V A' (std^2 + A V A')^-1 (y - A x_hat): E[x | z, y] were q(x | z) normal (Rozet et al. 2024).
 
     V = Cov[x | z] = (sigma^2 / alpha) d x_hat / d z (Tweedie), which is symmetric, so that V A' u is one vector-Jacobian
     product of A x_hat. `steps` of conjugate gradients, one product each; exact for Gaussian data. std: that of the

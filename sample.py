@@ -718,7 +718,7 @@ def main(argv=None):
                 if not c.obs_std:
                     z = known.project(z)
                 if problem.factor == 1:
-                    y[:, :, window], mask[:, :, window] = z, 1.0
+                    y[:, :, window], mask[:, :, window] = z, 1.0 if c.exact else meta["valid"].to(z)  # land stays unknown, as in training
             result = y if problem.factor == 1 else z
             if not result.isfinite().all():
                 raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
@@ -800,7 +800,7 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
         print_table(name, units, report[name])
         if problem.unseen is None:
             verification_picture(picture, report[name], meta, i)
-            if L >= 2 * T:
+            if L >= 2 * T and len(problem.windows) > 1:
                 made_by = np.argmax([np.isin(np.arange(L), w) for w in problem.windows], 0)  # the first window with each frame
                 report[name]["drift"] = data.drift(sequences[:, i], 1 + np.flatnonzero(np.diff(made_by)), T, floor, c.dry)
                 print(f"  {'from the first clip to the last':<52}{'first':>10}{'last':>10}{'ratio':>8}")
