@@ -91,7 +91,7 @@ def logsnr_schedule(t, name="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1
     ddpm     the same as the exact chain of 1000 steps (t in (i-1, i]/1000 is z_i)
     logsnr   linear in u                         (VDM; NCSN's geometric noise levels; EDM's log-uniform sigma)
     flow     2 log((1 - u) / u)                  (rectified flow; rescaling z makes it the same process)
-    normal   quantiles of Normal(*normal)        (EDM's training density; spectrum_normal for that of given data)
+    normal   quantiles of Normal(*normal)        (EDM's training density)
     rho      (sigma/alpha)^(1/7) linear in u     (EDM's sampling grid)
 
     Truncation to [logsnr_min, logsnr_max] is u = u(logsnr_max) + (u(logsnr_min) - u(logsnr_max)) t.
@@ -128,12 +128,6 @@ def spectrum_range(w, margin=0.0):
     the smallest scales last.
     """
     return -math.log(float(w.max())) - margin, -math.log(float(w.min())) + margin
-
-
-def spectrum_normal(w):
-    """(mean, standard deviation) of a normal density to train on: both ends of the spectrum at two standard deviations."""
-    first, last = spectrum_range(w)
-    return (first + last) / 2, max((last - first) / 4, 1.0)
 
 
 def stratified_times(batch_size, generator=None):
@@ -234,14 +228,18 @@ def linear_part(z, logsnr, mean, w, param):
 
     Per mode of z - alpha mean: E[x - mean | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and
     E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W) or one per clip, z (B, C, T, H, W),
-    logsnr (B,) -> F like z, and the scale (B, 1, 1, 1, 1) of what is left: the root of the mean over modes of
-    (alpha w / (alpha^2 w + sigma^2))^2, the variance of v that is unknown times the share of it that z tells of. It goes
-    to 0 in pure noise, where x_hat is the mean of the data whatever their law, and to 1 without noise.
+    logsnr (B,) -> F like z, the scale (B, 1, 1, 1, 1) of what is left, and Wiener's estimate of x itself, (x_hat - mean)
+    over its standard deviation, like z. The scale is the root of the mean over modes of (alpha w / (alpha^2 w + sigma^2))^2,
+    the variance of v that is unknown times the share of it that z tells of. It goes to 0 in pure noise, where x_hat is the
+    mean of the data whatever their law, and to 1 without noise.
     """
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
     rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
-    return a * mean + to_modes((a * alpha * w + b * sigma) / total * to_modes(z - alpha * mean), inverse=True), rest
+    std = (alpha**2 * w**2 / total).mean((1, 2, 3, 4), keepdim=True).sqrt()
+    Z = to_modes(z - alpha * mean)
+    F, wiener = to_modes(torch.stack([(a * alpha * w + b * sigma) / total * Z, alpha * w / total / std * Z]), inverse=True)
+    return a * mean + F, rest, wiener
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,6 +307,34 @@ def training_loss(network, x, logsnr, eps, param="v", weighting="v", log_p=None,
 
 # ----------------------------------------------------------------------------------------------------------------------
 # likelihoods, in nats per sample: lower is better for bounds, log p is log p
+
+
+def batch_posterior(x, z, logsnr):
+    """E[x_i | z_i, all x]: which clip of the batch a z came from is uncertain, and the average over that is a better target.
+
+    By the tower rule its mean given z_i is E[x | z_i] still, whatever the batch size, so the best denoiser is the same and
+    only the variance of the gradient falls (Rao-Blackwell; Xu et al. 2023 average over a larger set). It matters in much
+    noise: elsewhere the weights are 1 and 0 and x_i is itself. x, z (B, ...), logsnr (B,) -> (B, ...)
+    """
+    alpha, sigma = (c.to(x)[:, None] for c in alpha_sigma(logsnr))
+    flat = x.flatten(1)
+    log_p = alpha / sigma**2 * (z.flatten(1) @ flat.T - alpha / 2 * (flat**2).sum(1))  # -|z_i - alpha_i x_j|^2 / 2 sigma_i^2 + c
+    return (log_p.softmax(1) @ flat).view_as(x)
+
+
+def two_ddim_steps(denoise, z, t, mid, s):
+    """The x_hat with which one DDIM step from log-SNR t to s ends where two, by way of mid, do. t, mid, s (B,), s up to inf.
+
+    Targets of progressive distillation (Salimans and Ho 2022, algorithm 2): a step is
+    z_s = c z + (alpha_s - alpha_t c) x_hat with c = sigma_s / sigma_t, solved for x_hat.
+    """
+    at = lambda z, logsnr: denoise(z, logsnr.flatten())
+    t, mid, s = (expand(l, z).to(z) for l in (t, mid, s))
+    z_mid = update(z, at(z, t), t, mid, eta=0)
+    z_s = update(z_mid, at(z_mid, mid), mid, s, eta=0)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+    c = sigma_s / sigma_t
+    return (z_s - c * z) / (alpha_s - alpha_t * c)
 
 
 def prior_kl(x, logsnr_min, mask=None):

@@ -32,8 +32,8 @@ from train import require
 out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one
 batch_size = 32  # clips at a time; does not change the result
-steps = 64  # sampler steps
-sampler = "dpmpp_sde"  # ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
+steps = 0  # sampler steps; 0 is 64, or those that a distilled student has
+sampler = "auto"  # auto (dpmpp_sde; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
 spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
 variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
@@ -74,11 +74,11 @@ dry = 0.01  # a variable with a floor (rain) is dry up to this much above it, in
 FRAME_MASKS = {"forecast": "prefix", "hindcast": "suffix", "interpolate": "every", "bridge": "ends"}
 GIVEN = (*FRAME_MASKS, "inpaint", "superres")  # tasks with known entries
 METHODS = ("trained", "moment_matching", "guidance", "imputation")
-CHOICES = {"experiment": ("", "dissertation", "ablation"), "task": ("generate", *GIVEN, "extend", "loop", "edit", "encode", "morph"), "method": ("auto", *METHODS), "sampler": tuple(diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
+CHOICES = {"experiment": ("", "dissertation", "ablation"), "task": ("generate", *GIVEN, "extend", "loop", "edit", "encode", "morph"), "method": ("auto", *METHODS), "sampler": ("auto", *diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
 
 
 def check(c):
-    for name in ("num_samples", "batch_size", "steps"):
+    for name in ("num_samples", "batch_size"):
         require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
     require(0 <= c.eta <= 1 and 0 <= c.variance <= 1, "--eta and --variance must lie in [0, 1]")
     require(c.churn >= 0 and c.corrections >= 0 and c.snr > 0 and c.seed >= 0, "--churn, --seed and --corrections must not be negative, --snr must be positive")
@@ -93,7 +93,7 @@ def check(c):
         ("frames", 0, "task", ("generate", *GIVEN, "extend", "loop")), ("known", 2, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
     ):  # fmt: skip
         require(getattr(c, name) == default or getattr(c, key) in owners, f"--{name} belongs to --{key}={' or '.join(owners)}, not {getattr(c, key)}")
-    for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
+    for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("steps", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
         require(getattr(c, name) >= least, f"--{name}={getattr(c, name)} must be at least {least}")
     require(c.num_samples % c.members == 0, f"--num_samples={c.num_samples} must be a multiple of --members={c.members}")
     require(not c.exact or (c.task == "generate" and not c.length and not c.frames), "--exact belongs to --task=generate, with the length of the clips trained on")
@@ -114,7 +114,7 @@ def pose(c, settings, meta):
     require(L >= T or c.task not in ("extend", "loop"), f"--length={L} is less than a window of {T} frames")
     require(c.task != "loop" or L >= 2 * (T - K), f"--length={L}: a loop of windows of {T} frames that share {K} has at least {2 * (T - K)}")
     require(c.task != "bridge" or L > 2 * K, f"--length={L} leaves nothing between {K} frames on either side")
-    factor, shape = c.factor if c.task == "superres" else 1, (R, len(meta["names"]), L, *size)
+    factor, shape = c.factor if c.task == "superres" else 1, (1 if c.task == "generate" else R, len(meta["names"]), L, *size)
     require(not any(n % factor for n in size), f"--factor={factor} does not divide the grid of {size[0]} x {size[1]}")
     clips, start, before = np.full(shape, np.nan, np.float32), np.zeros(R, int), 0  # before: frames ahead of those read
     if c.task in GIVEN or c.task in ("edit", "encode", "morph") or c.input or meta["conditions"]:
@@ -151,7 +151,7 @@ def pose(c, settings, meta):
     hours = (np.arange(L) - before) * meta["step_hours"] + (record.hours[start][:, None] if record else np.zeros((R, 1)))
     told = data.condition_values(record, meta["conditions"], np.maximum(start[:, None] + np.arange(L) - before, 0), hours) if meta["conditions"] else None
     return SimpleNamespace(
-        y=y * mask, mask=mask, factor=factor, truth=clips if clips.shape == shape and np.isfinite(clips).any() else None, told=told, hours=hours,
+        y=(y * mask).expand(R, *y.shape[1:]), mask=mask.expand(R, *y.shape[1:]), factor=factor, truth=clips if clips.shape == shape and np.isfinite(clips).any() else None, told=told, hours=hours,
         windows=data.windows(L, T, K, c.task == "loop", c.reverse or c.task == "hindcast"), reference={"forecast": K - 1, "hindcast": L - K}.get(c.task, 0),
     )  # fmt: skip
 
@@ -194,24 +194,18 @@ def make_step(c):
 
 
 def make_grid(c, settings, meta):
-    """The log-SNRs to visit, (steps + 1,).
-
-    Outside the range where modes emerge, widened by 5, a step changes nothing; a grid even in log-SNR inside it gives
-    every mode the same number of steps, where one even in time of a +-30 cosine starves the mean of the field.
-    """
-    name, lo, hi, *rest = train.levels(settings, meta)
-    if c.spacing in ("auto", "rho"):
-        ends = diffusion.logsnr_schedule([1.0, 0.0], name, lo, hi, *rest) if name == "ddpm" or name == "linear" else (lo, hi)
-        first, last = diffusion.spectrum_range(meta["modes"], margin=5.0)
-        lo, hi = max(first, float(ends[0])), min(last, float(ends[1]))
-    name, rest = {"auto": ("logsnr", []), "logsnr": ("logsnr", []), "rho": ("rho", []), "time": (name, rest)}[c.spacing]
-    grid = diffusion.sampling_grid(c.steps, name, lo, hi, *rest)
+    """The log-SNRs to visit, (steps + 1,): by default those of train.default_grid."""
+    if c.spacing == "auto":
+        grid = train.default_grid(c.steps, settings, meta)
+    else:
+        trained = train.levels(settings, meta)
+        grid = diffusion.sampling_grid(c.steps, *{"time": trained, "logsnr": ("logsnr", *trained[1:3]), "rho": ("rho", *train.sampling_range(settings, meta)[1:])}[c.spacing])
     if c.task == "edit":
         require(grid[0] <= c.edit_logsnr <= grid[-2], f"--edit_logsnr={c.edit_logsnr} lies outside the grid of log-SNR from {grid[0]:.1f} to {grid[-2]:.1f}")
         grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
     if c.sampler in ("sde", "langevin"):  # explicit in log-SNR, or nothing but Langevin steps between levels
         widest = float(grid[:-1].diff().max()) if len(grid) > 2 else math.inf
-        need = f"at least {math.floor((hi - lo) / 2) + 2} --steps" if c.spacing in ("auto", "logsnr") else "--spacing=auto"
+        need = f"at least {math.floor(float(grid[-2] - grid[0]) / 2) + 3} --steps" if c.spacing in ("auto", "logsnr") else "--spacing=auto"
         require(widest < 2, f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f}): use {need}")
     return grid
 
@@ -292,7 +286,7 @@ def colour_bar(draw, image, x, y, height, scale, label):
 
 def picture_rows(x, problem, members, channel, count=6):
     """What the pictures show: (label, fields (T, H, W), known (T,)) per row; of conditions what is given, the truth, draws."""
-    known = (problem.mask[:, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)  # (R, T)
+    known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)  # (R, T)
     if not problem.mask.any():
         return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(count, len(x)))]
     rows = []
@@ -660,6 +654,11 @@ def main(argv=None):
     device, amp, compiled = train.pick_device(c)
     checkpoint = train.load_checkpoint(out / "ckpt.pt")
     settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
+    if settings.distill:
+        own = int(settings.distill_steps)
+        require(c.steps in (0, own) and c.sampler in ("auto", "ddim") and c.eta == 0 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
+                f"{out}/ckpt.pt is a student of {own} ddim steps and knows no others: leave --steps, --sampler, --eta and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
+    c.steps, c.sampler = c.steps or (own if settings.distill else 64), ("ddim" if settings.distill else "dpmpp_sde") if c.sampler == "auto" else c.sampler
     network = train.build(checkpoint, device)
     require(not c.exact or settings.dataset in ("climate", "gaussian"), f"--exact=true knows the law of climate and gaussian alone, not of {settings.dataset}")
     network.checkpoint_activations = c.checkpoint_activations
@@ -667,7 +666,7 @@ def main(argv=None):
     grid = make_grid(c, settings, meta | {"modes": law[0][law[0] > 0]} if c.exact else meta)
     step, problem = make_step(c), pose(c, settings, meta)
     if c.exact:  # the latent field on the box twice as wide, of which nothing is known
-        problem.y = problem.mask = torch.zeros(c.num_samples, 1, settings.frames, 2 * settings.size, 2 * settings.size)
+        problem.y = problem.mask = torch.zeros(1, 1, settings.frames, 2 * settings.size, 2 * settings.size).expand(c.num_samples, -1, -1, -1, -1)
         exact = exact_denoiser(*(a.to(device) for a in law))
     drawn_by = fingerprint(c, out / "ckpt.pt")
     if c.method == "auto":
@@ -675,7 +674,9 @@ def main(argv=None):
     require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=moment_matching")
     require(c.method == "moment_matching" or (c.obs_std == 0 and c.cg_steps == 8), f"--obs_std and --cg_steps belong to --method=moment_matching, not {c.method}")
     require(c.guidance_scale == 1 or meta["conditions"] or c.method == "trained", "--guidance_scale needs a checkpoint of train.py with --condition")
-    run = train.run_network(torch.compile(network) if compiled else network, device, amp, settings, meta)
+    if compiled:
+        network.compile_blocks()
+    run = train.run_network(network, device, amp, settings, meta)
     folder = out / "samples"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -730,21 +731,28 @@ def main(argv=None):
         torch.distributed.barrier()
         if rank > 0:
             return
-    y = torch.stack([torch.load(parts / f"{i:06d}.pt", weights_only=True) for i in range(c.num_samples)])
+    x, gap = None, 0.0  # (N, C, L, H, W) physical, on disk: thousands of clips need no memory
+    for i in range(c.num_samples):
+        y = torch.load(parts / f"{i:06d}.pt", weights_only=True)[None]
+        if c.exact:  # of the latent field on the box, cut to the domain; every season is as likely
+            y = y[..., : settings.size, : settings.size]
+            clip = (data.rain(y, data.threshold(i)) if settings.dataset == "climate" else y).numpy()
+        else:
+            clip = data.denormalise(y, meta["transform"], meta["valid"])
+        if x is None:
+            x = np.lib.format.open_memmap(parts / "samples.npy", "w+", np.float32, (c.num_samples, *clip.shape[1:]))
+        x[i] = clip[0]
+        if c.task == "encode":
+            gap += float((y - given[i : i + 1].cpu()).pow(2).mean()) / c.num_samples
     if c.task == "encode":
-        print(f"round trip: RMS difference {(y - given.cpu()).pow(2).mean().sqrt():.2e} standard deviations")
-    if c.exact:  # of the latent field on the box, cut to the domain; every season is as likely
-        y = y[..., : settings.size, : settings.size]
-        c_season = torch.from_numpy(data.threshold(np.arange(c.num_samples))).float().view(-1, 1, 1, 1, 1)
-        x = (data.rain(y, c_season) if settings.dataset == "climate" else y).numpy()
-        y = data.normalise(x, meta["transform"])[0]
-    else:
-        x = data.denormalise(y, meta["transform"], meta["valid"])  # (N, C, L, H, W)
-    seen = diffusion.Observation(problem.y, problem.mask, problem.factor)
-    problem.lifted = np.where(seen.lift(seen.mask) > 0, data.denormalise(seen.lift(seen.y), meta["transform"]), np.nan)
-    problem.unseen = None if problem.truth is None else np.where(np.isfinite(problem.lifted) & (problem.factor == 1), np.nan, problem.truth)
-    if problem.unseen is not None and not np.isfinite(problem.unseen).any():
-        problem.unseen = None  # the truth of what was drawn, where it is known to us
+        print(f"round trip: RMS difference {math.sqrt(gap):.2e} standard deviations")
+    problem.unseen = None  # the truth of what was drawn, where it is known to us
+    if problem.mask.any():
+        seen = diffusion.Observation(problem.y, problem.mask, problem.factor)
+        problem.lifted = np.where(seen.lift(seen.mask) > 0, data.denormalise(seen.lift(seen.y), meta["transform"]), np.nan)
+        if problem.truth is not None:
+            unseen = np.where(np.isfinite(problem.lifted) & (problem.factor == 1), np.nan, problem.truth)
+            problem.unseen = unseen if np.isfinite(unseen).any() else None
     lead = (np.arange(x.shape[2]) - problem.reference) * meta["step_hours"]
 
     command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
@@ -757,8 +765,6 @@ def main(argv=None):
         contact_sheet(folder / f"samples{suffix}.png", rows, meta, i, lead)
         animation(folder / f"samples{suffix}.gif", rows, meta, i)
         written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
-    for old in folder.glob("parts-*"):
-        shutil.rmtree(old)
     if missing:
         print(f"{len(missing)} clips in {seconds:.0f} s ({len(missing) / seconds:.2f} clips/s)")
     if c.theory:
@@ -769,12 +775,15 @@ def main(argv=None):
         written.append("theory.png")
     if c.verify and c.task in ("generate", *GIVEN, "extend", "loop"):
         written += verify(c, settings, meta, problem, x, ensemble, lead, folder)
-        if settings.dataset == "gaussian" and meta["transform"][0]["name"] == "none" and c.task == "generate" and y[0].numel() <= 4096:
+        if settings.dataset == "gaussian" and meta["transform"][0]["name"] == "none" and c.task == "generate" and x[0].size <= 4096:
             blank = lambda z: diffusion.Observation(torch.zeros_like(z), torch.zeros_like(z))
             denoise = None if c.exact else lambda z, logsnr: guided(c, run, settings, meta, blank(z), None)(z, logsnr)
-            report = json.loads((folder / "verify.json").read_text()) | {"ruler": ruler(denoise, y, settings, meta, c.batch_size, device)}
+            report = json.loads((folder / "verify.json").read_text()) | {"ruler": ruler(denoise, data.normalise(x, meta["transform"])[0], settings, meta, c.batch_size, device)}
             with data.replacing(folder / "verify.json") as f:
                 f.write(json.dumps(report, indent=1).encode())
+    del x, ensemble, problem
+    for old in folder.glob("parts-*"):
+        shutil.rmtree(old)
     print(f"\n{folder}/: {', '.join(written)}")
 
 
@@ -788,8 +797,8 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
     if problem.unseen is None:  # nothing but the law of the data to compare with; long sequences in pieces
         n = min(T, L)
         truth = data.clips(climate, test[:: max(1, len(test) // 2000)], n)  # at most about 4000
-        x, sequences = np.concatenate([x[:, :, t : t + n] for t in range(0, L - n + 1, n)]), x
-        law = data.rain_law(settings.size, data.LEVELS, c.dry) if settings.dataset == "climate" else None
+        x, sequences = np.concatenate([x[:, :, t : t + n] for t in range(0, L - n + 1, n)]) if L > n else x, x
+        law = data.rain_law(settings.size, n, data.LEVELS, c.dry) if settings.dataset == "climate" else None
     else:
         generated = np.isfinite(problem.unseen).any((0, 1, 3, 4))  # frames
         x, truth, law = x[:, :, generated], problem.truth[:, :, generated], None

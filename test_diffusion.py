@@ -2,10 +2,12 @@
 
 Files of real climate data are tried where the environment variable CLIMATE_FILES names a folder of them.
 """
+import copy
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -128,12 +130,15 @@ def test_log_density_is_the_slope_of_the_schedule(name):
     torch.testing.assert_close(log_p, -(-slope).log(), rtol=1e-5, atol=1e-5)
 
 
-def test_density_covers_the_spectrum():
+def test_training_covers_what_sampling_visits():
     w = f64([900.0, 3.0, 0.002])
-    mean, std = D.spectrum_normal(w)
-    assert mean - 2 * std == pytest.approx(-math.log(900)) and mean + 2 * std == pytest.approx(-math.log(0.002))
-    l = D.logsnr_schedule(torch.linspace(0, 1, 100_001, dtype=torch.float64), "normal", normal=(mean, std))
-    assert l.mean().item() == pytest.approx(mean, abs=0.01) and l.std().item() == pytest.approx(std, abs=0.01)
+    c = lambda schedule, lo=-30.0, hi=30.0: train.SimpleNamespace(schedule=schedule, logsnr_min=lo, logsnr_max=hi, shift=1.0)
+    name, first, last = train.levels(c("spectrum"), {"modes": w})
+    assert first == pytest.approx(-math.log(900) - 4) and last == pytest.approx(-math.log(0.002) + 4)
+    for schedule, lo, hi in (("spectrum", first - 1, last + 1), ("cosine", first - 1, last + 1), ("linear", float(D.logsnr_schedule(1.0, "linear")), last + 1)):
+        grid = train.default_grid(10, c(schedule), {"modes": w})
+        assert grid[0].item() == pytest.approx(lo) and grid[-2].item() == pytest.approx(lo + 0.9 * (hi - lo))
+    assert train.sampling_range(c("cosine", -5.0, 3.0), {"modes": w}) == ("logsnr", pytest.approx(-5.0), pytest.approx(3.0))
 
 
 def test_float32_coefficients_at_the_ends():
@@ -218,6 +223,55 @@ def test_linear_part_is_the_conditional_expectation():
     assert D.linear_part(z, logsnr, 0 * mean, white, "v")[0].abs().max() < 1e-12  # for white data v-prediction is already centred
     rest = D.linear_part(z, f64([-40.0, 0.0, 0.0, 0.0, 40.0]), mean, white, "v")[1].flatten()
     assert rest[0] < 1e-8 and rest[1].item() == pytest.approx(math.sqrt(0.5)) and rest[4].item() == pytest.approx(1)
+
+
+def test_wiener_estimate_is_standardised_x():
+    g = torch.Generator().manual_seed(0)
+    w, mean = 10 ** (2 * torch.rand(1, 2, 3, 4, generator=g, dtype=torch.float64) - 1), torch.randn(1, 1, 3, 4, generator=g, dtype=torch.float64)
+    x = mean + D.to_modes(w.sqrt() * torch.randn(4000, 1, 2, 3, 4, generator=g, dtype=torch.float64), inverse=True)
+    for l in (-6.0, 0.0, 6.0):
+        logsnr = torch.full((4000,), l, dtype=torch.float64)
+        z = D.diffuse(x, logsnr, torch.randn(x.shape, generator=g, dtype=torch.float64))
+        F, _, wiener = D.linear_part(z, logsnr, mean, w, "v")
+        x_hat = D.to_x(F, z, logsnr, "v") - mean
+        assert wiener.var().item() == pytest.approx(1, abs=0.03)
+        ratio = x_hat / wiener
+        torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-6, atol=0)
+
+
+def test_batch_posterior_keeps_the_mean():
+    # data that are 0, 1 or 4 with known odds: the target averaged over all batches of three that gave this z is E[x | z]
+    values, odds = f64([0.0, 1.0, 4.0]), f64([0.5, 0.3, 0.2])
+    for l, z in ((-3.0, 0.4), (0.0, 1.1), (4.0, 3.0)):
+        logsnr = f64([l])
+        alpha, sigma = D.alpha_sigma(logsnr)
+        likelihood = (-0.5 * ((z - alpha * values) / sigma) ** 2).exp()
+        exact = (odds * likelihood * values).sum() / (odds * likelihood).sum()
+        total = norm = 0
+        for batch in itertools.product(range(3), repeat=3):
+            p = odds[list(batch)].prod() * likelihood[batch[0]]  # z came from the first clip
+            target = D.batch_posterior(values[list(batch)][:, None], f64([[z]] * 3), logsnr.expand(3))[0, 0]
+            total, norm = total + p * target, norm + p
+        assert (total / norm).item() == pytest.approx(exact.item(), abs=1e-12)
+    x, eps, l = torch.randn(5, 1, 2, 3, 3), torch.randn(5, 1, 2, 3, 3), f64([-9.0, -3.0, 0.0, 5.0, 30.0])
+    b = train.average_targets(train.SimpleNamespace(x=x, eps=eps, logsnr=l, cond=None, mask=None, mix=None))
+    torch.testing.assert_close(D.diffuse(b.x, l, b.eps), D.diffuse(x, l, eps))  # the same z
+    assert torch.equal(b.x[4], x[4]) and torch.equal(b.eps[4], eps[4])  # without noise every clip is itself
+    assert (b.x[0] - x.mean(0)).abs().max() < 0.2  # in noise it is any of them
+    for other in ("cond", "mask", "mix"):  # clips that differ in what is told of them are not exchangeable
+        b = train.SimpleNamespace(**{"x": x, "eps": eps, "logsnr": l, "cond": None, "mask": None, "mix": None, other: x})
+        assert torch.equal(train.average_targets(b).x, x)
+
+
+def test_two_ddim_steps_in_one():
+    g = torch.Generator().manual_seed(1)
+    denoise = gaussian_denoiser(f64([2.0, 0.5, 0.01]))
+    z = torch.randn(3, 3, generator=g, dtype=torch.float64)
+    t, mid, s = f64([-5.0, 0.0, 3.0]), f64([-2.0, 1.0, 5.0]), f64([1.0, 2.0, math.inf])
+    x_hat = D.two_ddim_steps(denoise, z, t, mid, s)
+    for i in range(3):
+        *_, (twice, _) = D.sample(denoise, z[i : i + 1], torch.stack([t[i], mid[i], s[i]]), partial(D.single_step, eta=0.0))
+        torch.testing.assert_close(twice, D.update(z[i : i + 1], x_hat[i : i + 1], t[i], s[i], eta=0.0))
 
 
 def test_mask_leaves_cells_out_of_the_loss():
@@ -361,6 +415,21 @@ def test_table_of_convergence(capsys):
             order = math.log2(errors[-2] / errors[-1])
             print(f"{name:>12}" + "".join(f"{e:>11.2e}" for e in errors) + f"{order:>8.2f}")
             assert errors[-1] < errors[0]
+
+
+def test_24_evaluations_match_1000_ancestral_steps():
+    """pytest -s -k 24_eval: spectra that samplers make of the exact denoiser of a spectrum like that of the built-in rain."""
+    w, distance = torch.exp(torch.linspace(-5.9, 7.8, 14, dtype=torch.float64)), {}
+    print(f"\n{'':<45}{'worst variance':>16}{'spectral distance, dB':>24}")
+    for line in ("ancestral --steps=1000 --spacing=time", "ancestral --steps=1000", "dpmpp --steps=16", "dpmpp --steps=24", "dpmpp --steps=32", "dpmpp_sde --steps=32", "dpmpp_sde --steps=64"):
+        c = train.configure(sample.__file__, ["--sampler=" + line.split()[0], *line.split()[1:]], sample.CHOICES)
+        settings = train.SimpleNamespace(schedule="cosine", logsnr_min=-30.0, logsnr_max=30.0, shift=1.0)
+        grid, step = sample.make_grid(c, settings, {"modes": w}), sample.make_step(c)
+        ratio = torch.tensor([variance_of(step, grid, v) / v for v in w.tolist()])
+        distance[line] = (10 * ratio.log10()).pow(2).mean().sqrt().item()
+        print(f"{line:<45}{(ratio - 1).abs().max():>16.1%}{distance[line]:>24.3f}")
+    assert distance["dpmpp --steps=24"] < distance["ancestral --steps=1000 --spacing=time"] < 0.2
+    assert distance["dpmpp_sde --steps=64"] < distance["ancestral --steps=1000"] < 0.1
 
 
 def test_default_grid_gives_every_mode_its_variance():
@@ -622,6 +691,16 @@ def test_time_attention_depends_on_differences():
     torch.testing.assert_close(score, later[:, 3:, 3:], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_norms_know_which_frame_is_wetter():
+    h = torch.randn(6, 32, 4, 5) * torch.tensor([1.0, 5.0, 1.0, 2.0, 1.0, 3.0])[:, None, None, None] + 1  # two clips of three frames
+    norm = torch.nn.GroupNorm(2, 32)
+    for mix, shape, dims in ((None, (2, 3, 2, 16, 4, 5), (1, 3, 4, 5)), (torch.zeros(6, 1, 1, 1), (6, 1, 2, 16, 4, 5), (1, 3, 4, 5))):
+        g = h.view(shape)
+        expected = (g - g.mean(dims, keepdim=True)) / (g.var(dims, correction=0, keepdim=True) + norm.eps).sqrt()
+        torch.testing.assert_close(model.per_clip(norm, h.to(memory_format=torch.channels_last), 3, mix), expected.view(6, 32, 4, 5), rtol=1e-4, atol=1e-5)
+
+
 def test_unet_compiles_without_a_break():
     torch._dynamo.reset()
     net = small_unet()
@@ -633,6 +712,26 @@ def test_unet_compiles_without_a_break():
     for l in (-3.0, 0.5, 7.0):  # new log-SNRs are new numbers, not new programs
         torch.testing.assert_close(fast(z, torch.full((2,), l)), net(z, torch.full((2,), l)))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_compile_once(training):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset(), counters.clear()
+    net = small_unet().requires_grad_(training)
+    fast = copy.deepcopy(net)
+    fast.compile_blocks("eager")
+    z, graphs = torch.randn(2, 1, 4, 8, 8), []
+    for l in (-3.0, 0.5, 7.0, 2.0):
+        a, b = (f(z, torch.full((2,), l)) for f in (fast, net))
+        torch.testing.assert_close(a, b)
+        if training:
+            a.square().mean().backward(), b.square().mean().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 0 and not counters["graph_break"]
+    for p, q in zip(fast.parameters(), net.parameters() if training else ()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1046,13 +1145,28 @@ def test_sampling_errors_cover_the_truth(monkeypatch):
 
 
 def test_exact_law_of_the_rain():
-    law, q = data.rain_law(8, data.LEVELS, 0.01), 400 * np.linspace(0, 1, 8001) ** 3
+    law, q = data.rain_law(8, 6, data.LEVELS, 0.01), 400 * np.linspace(0, 1, 8001) ** 3
     survival = 1 - data.rain_cdf(q, 8).mean((1, 2))
     assert law["mean"] == pytest.approx(np.trapezoid(survival, q), rel=1e-4)
     assert law["std"] ** 2 + law["mean"] ** 2 == pytest.approx(np.trapezoid(2 * q * survival, q), rel=1e-4)
     wet = law["quantiles"] > 0
     np.testing.assert_allclose(data.rain_cdf(law["quantiles"][wet], 8).mean((1, 2)), np.array(data.LEVELS)[wet], atol=1e-7)
     assert law["dry"] == pytest.approx(data.rain_cdf([0.01], 8).mean()) and law["map"].mean() == pytest.approx(law["mean"])
+    for rho in (-0.3, 0.4, 0.95):  # the double integral over a grid
+        z = np.linspace(0, 9, 1501)
+        double = []
+        for season in range(4):
+            u = z + data.threshold(season)
+            joint = np.exp(-(u[:, None] ** 2 + u**2 - 2 * rho * u[:, None] * u) / (2 - 2 * rho**2)) / (2 * math.pi * math.sqrt(1 - rho**2))
+            double.append(np.trapezoid(np.trapezoid(np.outer(z**data.POWER, z**data.POWER) * joint, z), z))
+        assert data.rain_products(rho) == pytest.approx(np.mean(double), rel=1e-4)
+    assert law["autocorrelation"][0] == pytest.approx(1, abs=1e-5)
+    field = torch.linalg.cholesky(data.gaussian_covariance(6, 8)) @ torch.randn(384, 20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.cat([data.rain(z.view(6, 8, 8, -1).movedim(-1, 0), data.threshold(season)) for season, z in enumerate(field.split(5000, 1))]).numpy()
+    np.testing.assert_allclose(data.spatial_spectrum(x)[1], law["spatial_power"], rtol=0.04)
+    np.testing.assert_allclose(data.temporal_spectrum(x)[1], law["temporal_power"], rtol=0.04)
+    a = x - x.mean()
+    np.testing.assert_allclose([(a[:, : 6 - l] * a[:, l:]).mean() / a.var() for l in range(6)], law["autocorrelation"], atol=0.02)
 
 
 def test_correlation_between_variables():
@@ -1667,6 +1781,47 @@ def test_resume_is_bit_identical(field, tmp_path):
     assert strip(log) == strip(log2) and [l["iter"] for l in log] == [1, 2, 3, 4, 5, 6]
 
 
+def test_batches_are_made_ahead():
+    for background in (False, True):
+        made = []
+        batches = train.ahead(lambda key: made.append(key) or 10 * key, iter(range(5)), background)
+        assert next(batches) == 0 and next(batches) == 10
+        for _ in range(200):  # one more while this one is used, not all
+            time.sleep(0.005 * (len(made) < 2 + background))
+        assert made == [0, 1, 2][: 2 + background]
+        assert list(batches) == [20, 30, 40]
+        with pytest.raises(ZeroDivisionError):
+            list(train.ahead(lambda key: 1 // key, iter([2, 0]), background))
+
+
+def test_students_take_their_teachers_steps(field, tmp_path):
+    train.main([*field, "--max_iters=60", "--warmup_iters=5", "--condition=nothing"])
+    students = [f"--out_dir={tmp_path}/s", f"--distill={tmp_path}/out/ckpt.pt", "--distill_steps=4,2", "--max_iters=120", "--learning_rate=0.003", "--device=cpu"]
+    train.main(students)
+
+    def drawn(folder, *options):
+        sample.main([f"--out_dir={folder}", "--num_samples=8", "--device=cpu", "--dtype=float32", "--verify=false", *options])
+        return np.load(f"{folder}/samples/samples.npz")["samples"]
+
+    eight, four, two = (drawn(tmp_path / "out", "--sampler=ddim", f"--steps={n}") for n in (8, 4, 2))
+    for name, n, own in (("steps-4", 4, four), ("steps-2", 2, two)):
+        student = drawn(tmp_path / "s" / name)
+        assert np.square(student - eight).mean() < 0.5 * np.square(own - eight).mean()
+        np.testing.assert_array_equal(student, drawn(tmp_path / "s" / name, "--sampler=ddim", f"--steps={n}"))
+    with pytest.raises(data.InputError, match="student of 2 ddim steps"):
+        drawn(tmp_path / "s/steps-2", "--steps=16")
+    before = (tmp_path / "s/steps-4/ckpt.pt").read_bytes()
+    train.main(students)  # nothing is left to do
+    assert (tmp_path / "s/steps-4/ckpt.pt").read_bytes() == before
+
+
+def test_bench_prints_its_table(field, capsys):
+    train.main([*field, "--bench=true"])
+    out = capsys.readouterr().out
+    assert f"{sum(p.numel() for p in model.UNet(model.Config(in_channels=1, cond_channels=1, width=16, blocks=1, patch=4)).parameters()) / 1e6:.2f} M parameters" in out
+    assert re.search(r"peak convolution \d+ GFLOP/s, matmul \d+ GFLOP/s", out) and re.search(r"eager +0\.\d+ +\d", out) and "sampling" in out
+
+
 def test_learning_rate_and_averages(field, tmp_path):
     c = train.SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=9, max_iters=109)
     assert [train.learning_rate_at(i, c) for i in (0, 4, 9, 59, 109)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
@@ -1699,7 +1854,7 @@ def test_log_carries_over_a_resume_between_its_lines(field, tmp_path):
 
 def test_samples_go_on_where_they_stopped(field, tmp_path):
     train.main([*field, "--max_iters=2"])
-    args = [f"--out_dir={tmp_path}/out", "--steps=4", "--num_samples=3", "--verify=false", "--device=cpu", "--dtype=float32"]
+    args = [f"--out_dir={tmp_path}/out", "--sampler=dpmpp_sde", "--steps=4", "--num_samples=3", "--verify=false", "--device=cpu", "--dtype=float32"]
     marks = {}
     for seed, name in ((0, "same"), (1, "other")):
         c = train.configure(sample.__file__, [*args, "--seed=0"], sample.CHOICES)
@@ -1845,7 +2000,7 @@ def bad(script, line, message):
     bad(sample, "", "no checkpoint"), bad(sample, "--out_dir=cut", "not a readable"), bad(sample, "--out_dir=flip", "damaged"), bad(sample, "--out_dir=format", "format 99"), bad(sample, "--out_dir=evil", "could run code"),
     bad(sample, "--out_dir=text", "not a readable"), bad(sample, "--out_dir=other", "not a readable"),
     # settings of sample.py
-    bad(sample, "--steps=0", "at least 1"), bad(sample, "--num_samples=0", "at least 1"), bad(sample, "--batch_size=-1", "at least 1"), bad(sample, "--sampler=euler", "invalid choice"), bad(sample, "--spacing=cosine", "invalid choice"),
+    bad(sample, "--steps=-1", "at least 0"), bad(sample, "--num_samples=0", "at least 1"), bad(sample, "--batch_size=-1", "at least 1"), bad(sample, "--sampler=euler", "invalid choice"), bad(sample, "--spacing=cosine", "invalid choice"),
     bad(sample, "--eta=2", "[0, 1]"), bad(sample, "--variance=-1", "[0, 1]"), bad(sample, "--sampler=ddim --churn=1", "belongs to"), bad(sample, "--sampler=dpmpp --eta=0.5", "belongs to"), bad(sample, "--churn=-1", "negative"),
     bad(sample, "--snr=0", "positive"), bad(sample, "--corrections=-1", "negative"), bad(sample, "--snr=0.2", "belongs to"), bad(sample, "--edit_logsnr=1", "belongs to"), bad(train, "--shift=0.5", "means nothing"), bad(sample, "--seed=-2", "negative"), bad(sample, "--out_dir=ok --sampler=sde --steps=3", "unstable"), bad(sample, "--out_dir=ok --sampler=langevin --steps=3", "unstable"),
     bad(sample, "--exact=true --out_dir=ok", "climate and gaussian alone"), bad(sample, "--exact=true --task=edit", "belongs to"), bad(sample, "--experiment=all", "invalid choice"), bad(sample, "--budget=0", "at least 1"), bad(sample, "--train_args=--size=8", "belongs to"),

@@ -8,6 +8,8 @@ Edit the settings below or override any of them as --key=value; --help lists the
 """
 import argparse
 import ast
+import copy
+import importlib.util
 import json
 import math
 import os
@@ -17,11 +19,14 @@ import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -31,7 +36,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import data
 import diffusion
@@ -61,16 +72,17 @@ wrap_x = "auto"  # periodic longitude: auto (from the coordinates), true, false
 # diffusion
 param = "v"  # what the network predicts: v, eps, x, score
 linear_skip = True  # the network adds to the linear denoiser that the data's mean and spectrum give; false: learns all of it
-schedule = "spectrum"  # log-SNRs trained on: spectrum (covers the data's modes), cosine, linear, logsnr, flow, normal, rho, ddpm
+schedule = "spectrum"  # log-SNRs trained on: spectrum (evenly where the data's modes emerge), cosine, linear, logsnr, flow, normal, rho, ddpm
 logsnr_min = -30.0  # truncation of the schedule: pure noise
 logsnr_max = 30.0  # truncation of the schedule: data
 shift = 1.0  # adds 2 log(shift) to the log-SNR of cosine, linear, flow, normal; below 1 trains more on noise (large fields)
 weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, sigmoid, elbo
+average_targets = True  # the target is the mean of the batch's clips, each as likely as the noisy clip makes it: the same expectation, less variance
 loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
 batch_size = 32  # clips per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, shared by the ranks of torchrun
-max_iters = 1800  # optimiser steps
+max_iters = 4000  # optimiser steps
 learning_rate = 2e-3  # peak of AdamW's learning rate
 warmup_iters = 100  # linear warm-up, then cosine decay to min_lr at max_iters
 min_lr = 1e-5  # learning rate at the end
@@ -79,13 +91,16 @@ beta2 = 0.99  # AdamW's second-moment decay
 grad_clip = 1.0  # gradient norm is clipped to this; 0 is off
 ema_decay = 0.995  # of the averaged weights that are evaluated and sampled
 # evaluation and logging
-eval_interval = 300  # steps between evaluations on held-out clips and checkpoints
+eval_interval = 500  # steps between evaluations on held-out clips and checkpoints
 eval_iters = 4  # held-out batches per evaluation
 eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
 bound_steps = 1000  # steps T of the discrete bound that eval_only prints
 ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only prints; 0 leaves it out
 ode_clips = 8  # held-out clips of the exact likelihood
 log_interval = 10  # steps between lines of log.jsonl
+# distillation into few steps
+distill = ""  # checkpoint of a teacher: students start as copies and learn to take two of its DDIM steps in one (progressive distillation)
+distill_steps = "32,16,8,4"  # steps of the students, each the teacher of the next, max_iters training steps each; in out_dir/steps-*
 # machine
 seed = 0  # of weights, batches, times and noise, and of the built-in data
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -93,13 +108,14 @@ dtype = "auto"  # auto, float32, bfloat16 (autocast)
 compile = "auto"  # torch.compile: auto (on CUDA), true, false
 checkpoint_activations = False  # compute activations again in the backward pass: less memory, a third more time
 shard = False  # with torchrun: spread weights, averages and optimiser over the ranks (FSDP2), for models that fit no single one
+bench = False  # measure the speed of these settings on this machine instead of training
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOICES = {
     "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 
@@ -147,6 +163,7 @@ def check(c):
         require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
     for name in ("warmup_iters", "weight_decay", "min_lr", "grad_clip", "seed", "ode_steps", "transform_iters"):
         require(getattr(c, name) >= 0, f"--{name}={getattr(c, name)} must not be negative")
+    require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", c.distill_steps), f"--distill_steps={c.distill_steps} must be whole numbers like 32,16,8")
     require(c.width % 16 == 0, f"--width={c.width} must be a multiple of 16")
     require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", c.mults), f"--mults={c.mults} must be whole numbers like 1,2,4")
     require(c.logsnr_min < c.logsnr_max, f"--logsnr_min={c.logsnr_min} must be below --logsnr_max={c.logsnr_max}")
@@ -183,17 +200,19 @@ def run_network(network, device, dtype, c, meta):
     mean, modes = (meta[k].to(device) for k in ("mean", "modes"))
 
     def run(z, logsnr, cond=None, mix=None):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            F = network(z, logsnr, cond, mix).float()
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         if not c.linear_skip:
-            return F
+            with autocast:
+                return network(z, logsnr, cond, mix).float()
         w = diffusion.modes_of_length(modes, z.shape[2])
         if mix is not None:  # unrelated frames: the same variance in every mode of time
             w = torch.where(diffusion.expand(mix, z) > 0, w, w.mean(1, keepdim=True))
-        linear, rest = diffusion.linear_part(z, logsnr, mean, w, c.param)
+        linear, rest, wiener = diffusion.linear_part(z, logsnr, mean, w, c.param)
         if meta["known"] or meta["conditions"]:
             told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
+        with autocast:
+            F = network(z, logsnr, wiener if cond is None else torch.cat([wiener, cond], 1), mix).float()
         return linear + rest * F
 
     return run
@@ -296,14 +315,31 @@ def split_conditions(c):
 
 
 def levels(c, meta):
-    """The arguments of diffusion.logsnr_schedule for a run: its schedule, or the normal density that covers the spectrum."""
+    """The arguments of diffusion.logsnr_schedule for a run: its schedule, or log-SNRs spread evenly over where the data's modes emerge."""
     if c.schedule == "spectrum":
-        return "normal", c.logsnr_min, c.logsnr_max, 1.0, diffusion.spectrum_normal(meta["modes"])
+        first, last = diffusion.spectrum_range(meta["modes"], margin=4.0)
+        return "logsnr", max(c.logsnr_min, first), min(c.logsnr_max, last)
     return c.schedule, c.logsnr_min, c.logsnr_max, c.shift
 
 
-def micro_batch(climate, starts, c, meta, device, stream):
-    """One batch, a function of stream = (seed, step, micro): a namespace of
+def default_grid(num_steps, c, meta):
+    """The log-SNRs that sampling visits: even where the data's modes emerge, within the range trained on. (num_steps + 1,)
+
+    Outside that range a step changes nothing; a grid even in log-SNR inside it gives every mode the same number of steps,
+    where one even in time of a +-30 cosine starves the mean of the field.
+    """
+    return diffusion.sampling_grid(num_steps, *sampling_range(c, meta))
+
+
+def sampling_range(c, meta):
+    """("logsnr", first, last): where the data's modes emerge from the noise, as far as the schedule goes."""
+    ends = (c.logsnr_min, c.logsnr_max) if c.schedule == "spectrum" else diffusion.logsnr_schedule([1.0, 0.0], *levels(c, meta)).tolist()
+    first, last = diffusion.spectrum_range(meta["modes"], margin=5.0)
+    return "logsnr", max(first, ends[0]), min(last, ends[1])
+
+
+def micro_batch(climate, starts, c, meta, device, stream, teacher=None):
+    """One batch, a function of stream = (seed, step, micro), and of the teacher of a student: a namespace of
 
     physical (B, C, T, H, W) in units, x standardised, mask of its data (None: all), loss_mask of what is to be predicted,
     cond, mix (None: frames belong together), logsnr, eps.
@@ -317,7 +353,11 @@ def micro_batch(climate, starts, c, meta, device, stream):
     x, mask = data.normalise(physical, meta["transform"])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
     t = diffusion.stratified_times(c.batch_size, generator)
-    logsnr = diffusion.logsnr_schedule(t, *levels(c, meta))
+    if teacher:  # the student's steps alone
+        grid, k = default_grid(2 * int(c.distill_steps), c, meta), 2 * (t * int(c.distill_steps)).long()
+        logsnr = grid[k]
+    else:
+        logsnr = diffusion.logsnr_schedule(t, *levels(c, meta))
     eps = torch.randn(x.shape, generator=generator)
     known, unknown, rng = None, mask, np.random.default_rng((*stream, 2))
     if meta["known"]:
@@ -338,8 +378,37 @@ def micro_batch(climate, starts, c, meta, device, stream):
         told *= diffusion.expand(torch.from_numpy(rng.random(len(x)) >= c.condition_dropout), told)
     move = lambda a: a if a is None else a.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a.to(device)
     mix = (torch.arange(len(x)) >= single).float() if single else None
-    return SimpleNamespace(physical=physical, x=move(x), mask=move(None if mask.all() and not meta["masked"] else mask), loss_mask=move(None if unknown.all() and not meta["masked"] else unknown),
+    b = SimpleNamespace(physical=physical, x=move(x), mask=move(None if mask.all() and not meta["masked"] else mask), loss_mask=move(None if unknown.all() and not meta["masked"] else unknown),
                            cond=move(condition_channels(meta, x, mask, known, told)), mix=move(mix), logsnr=logsnr, eps=move(eps))  # fmt: skip
+    if teacher:  # x and eps that give the same z, and are where two steps of the teacher lead
+        z, denoise = diffusion.diffuse(b.x, logsnr, b.eps), diffusion.make_denoiser(lambda z, logsnr, cond: teacher(z, logsnr, cond, b.mix), c.param, b.cond)
+        with torch.no_grad():
+            b.x = diffusion.two_ddim_steps(denoise, z, logsnr, grid[k + 1], grid[k + 2])
+        b.eps = diffusion.to_eps(b.x, z, logsnr)
+    return b
+
+
+def ahead(f, keys, background):
+    """f(key) of every key in order; in the background, one is made while the one before is used."""
+    with ThreadPoolExecutor(1) if background else nullcontext() as pool:
+        make = partial(pool.submit, f) if background else lambda key: SimpleNamespace(result=partial(f, key))
+        coming = None
+        for key in keys:
+            due, coming = coming, make(key)
+            if due:
+                yield due.result()
+        if coming:
+            yield coming.result()
+
+
+def average_targets(b):
+    """A batch with the same z and targets of less variance (diffusion.batch_posterior), where clips differ in nothing but x."""
+    if b.cond is None and b.mask is None and b.mix is None:
+        z = diffusion.diffuse(b.x, b.logsnr, b.eps)
+        alpha, sigma, _, _ = diffusion.scales(b.logsnr, z)
+        x = diffusion.batch_posterior(b.x, z, b.logsnr)
+        b.x, b.eps = x, b.eps + alpha / sigma * (b.x - x)
+    return b
 
 
 def batch_loss(run, c, meta, b):
@@ -358,12 +427,12 @@ def by_bin(logsnrs, v_errors):
 
 
 @torch.no_grad()
-def evaluate(network, climate, starts, c, meta, device, dtype):
+def evaluate(network, climate, starts, c, meta, device, dtype, teacher=None):
     """Loss on held-out clips with fixed times and noise: (mean weighted loss, v-error per log-SNR bin)."""
     run = run_network(network.eval(), device, dtype, c, meta)
     losses, v_errors, logsnrs = [], [], []
     for i in range(c.eval_iters):
-        b = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i))
+        b = micro_batch(climate, starts, c, meta, device, (c.seed + 1, 0, i), teacher)
         loss, v = batch_loss(run, c, meta, b)
         losses.append(loss), v_errors.append(v), logsnrs.append(b.logsnr)
     return torch.cat(losses).mean().item(), by_bin(torch.cat(logsnrs).numpy(), torch.cat(v_errors).cpu().numpy())
@@ -494,6 +563,32 @@ def gather(entries, world):
     return [entry for group in zip(*everyone) for entry in group]
 
 
+def make_network(c, climate, meta):
+    """An untrained network for this data and these settings."""
+    C, blank = len(climate.names), condition_channels(meta, torch.zeros(1, len(climate.names), 1, 1, 1), torch.zeros(1))
+    wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
+    network = UNet(Config(C, C * c.linear_skip + (0 if blank is None else blank.shape[1]), c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap))
+    network.checkpoint_activations = c.checkpoint_activations
+    return network
+
+
+def make_optimizer(c, network, device):
+    """AdamW, with weight decay on matrices and kernels alone."""
+    groups = [{"params": [p for p in network.parameters() if p.ndim >= 2]}, {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
+
+
+def distill(c, argv):
+    """A chain of students, each an ordinary run in its own folder that takes two steps of the one before in one; goes on where it stopped."""
+    rest = [a for a in argv if a.split("=")[0] not in ("--distill", "--distill_steps", "--out_dir", "--init_from")]
+    teacher = c.distill
+    for steps in c.distill_steps.split(","):
+        out = Path(c.out_dir) / f"steps-{steps}"
+        go_on = ["--init_from=resume"] if (out / "ckpt.pt").exists() else []
+        main([*rest, f"--distill={teacher}", f"--distill_steps={steps}", f"--out_dir={out}", *go_on])
+        teacher = out / "ckpt.pt"
+
+
 def prepare(c, checkpoint, rank):
     """The data set and what is fitted on it: (climate, training starts, test starts, meta)."""
     if rank > 0:
@@ -518,28 +613,35 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     c = configure(__file__, argv, CHOICES)
     out, resume = Path(c.out_dir), c.init_from == "resume"
+    if c.distill and "," in c.distill_steps and not c.eval_only:
+        check(c)
+        return distill(c, argv)
     checkpoint = load_checkpoint(out / "ckpt.pt") if resume or c.eval_only else None
     if checkpoint:
         inherit(c, checkpoint["settings"], argv)
+    taught = load_checkpoint(c.distill) if c.distill else None
+    if taught and not checkpoint:
+        inherit(c, taught["settings"], argv)
     check(c)
+    if c.bench:
+        return bench(c)
     rank, world = start_ranks(c)
     require(world > 1 or not c.shard, "--shard=true needs more than one rank: torchrun --nproc_per_node=8 train.py ...")
     require(c.gradient_accumulation_steps % world == 0, f"--gradient_accumulation_steps={c.gradient_accumulation_steps} is shared by the {world} ranks and must be a multiple of {world}")
     device, amp, compiled = pick_device(c)
     torch.manual_seed(c.seed)
-    climate, train_starts, test_starts, meta = prepare(c, checkpoint, rank)
+    climate, train_starts, test_starts, meta = prepare(c, checkpoint or taught, rank)
 
-    wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
     C, step = len(climate.names), checkpoint["step"] if checkpoint else 0
-    blank = condition_channels(meta, torch.zeros(1, C, 1, 1, 1), torch.zeros(1))
-    config = Config(C, 0 if blank is None else blank.shape[1], c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap)
-    network = UNet(config).to(device)
-    network.checkpoint_activations = c.checkpoint_activations
+    network = make_network(c, climate, meta).to(device)
     local = lambda tensors: [t.to_local() if isinstance(t, DTensor) else t for t in tensors]  # this rank's shard
 
     def lerp(averaged, current, n):  # a short memory at first
         torch._foreach_lerp_(local(averaged), local(current), 1 - min(c.ema_decay, (1 + int(n)) / (10 + int(n))))
 
+    teacher = run_network(build(taught, device), device, amp, c, meta) if taught else None
+    if taught:
+        network.load_state_dict(taught["ema"])
     ema = AveragedModel(network, multi_avg_fn=lerp)
     if checkpoint:
         network.load_state_dict(checkpoint["model"])
@@ -547,8 +649,7 @@ def main(argv=None):
         ema.n_averaged.fill_(step)
     if c.shard:
         spread(network, device, world), spread(ema.module, device, world)
-    groups = [{"params": [p for p in network.parameters() if p.ndim >= 2]}, {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, c.learning_rate, (0.9, c.beta2), weight_decay=c.weight_decay, fused=device.type != "mps")
+    optimizer = make_optimizer(c, network, device)
     skipped, in_a_row = torch.zeros(2, device=device)  # steps without a finite gradient; on the device: no synchronisation
     # A learnt transform moves the data under the network while it learns. So it does that first, while mean and modes stay
     # those of its first fit (the network learns what they miss), and is then frozen and they are measured again. Its weights,
@@ -563,14 +664,16 @@ def main(argv=None):
         if learning:
             transform_optimizer.load_state_dict(checkpoint["transform_optimizer"])
         earlier, (skipped, in_a_row) = checkpoint["pending"], torch.tensor(checkpoint["skipped"], device=device)
-    evaluate_now = lambda: evaluate(ema.module, climate, test_starts, c, meta, device, amp)
+    evaluate_now = lambda: evaluate(ema.module, climate, test_starts, c, meta, device, amp, teacher)
     if c.eval_only:
         if rank == 0 or c.shard:
             results = *evaluate_now(), likelihood(ema.module, climate, test_starts, c, meta, device)
         if rank == 0:
             print_likelihood(step, *results, C, meta)
         return
-    model = torch.compile(network) if compiled else network
+    if compiled:
+        network.compile_blocks()
+    model = network
     if world > 1 and not c.shard:
         model = DistributedDataParallel(model, device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None)
     run = run_network(model, device, amp, c, meta)
@@ -583,7 +686,7 @@ def main(argv=None):
 
     def save():
         checkpoint = {  # all ranks take part, rank 0 has the result
-            "format": FORMAT, "settings": vars(c), "config": {**asdict(config), "mults": list(config.mults)}, "data": meta, "step": step, "pending": earlier + gather(seen, world),
+            "format": FORMAT, "settings": vars(c), "config": {**asdict(network.config), "mults": list(network.config.mults)}, "data": meta, "step": step, "pending": earlier + gather(seen, world),
             "skipped": [float(skipped), float(in_a_row)], "model": get_model_state_dict(network, options=WHOLE), "ema": get_model_state_dict(ema.module, options=WHOLE),
             "optimizer": get_optimizer_state_dict(network, optimizer, options=WHOLE), "transform_optimizer": transform_optimizer.state_dict(),
         }  # fmt: skip
@@ -592,6 +695,9 @@ def main(argv=None):
 
     signalled, stop = [0], 0
     handlers = {s: signal.signal(s, lambda number, frame: signalled.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    # on the CPU a second thread would only be in the way, and a transform that learns changes between batches
+    keys = ((s, micro) for s in range(step, c.max_iters) for micro in range(rank, c.gradient_accumulation_steps, world))
+    batches = ahead(lambda key: micro_batch(climate, train_starts, c, meta, device, (c.seed, *key), teacher), keys, device.type == "cuda" and not learning and not teacher)
     seen, clock, clips_done = [], time.perf_counter(), 0
     bar = tqdm(total=c.max_iters, initial=step, desc="training", unit="it", smoothing=0.05, disable=rank > 0)
     network.train()
@@ -609,8 +715,12 @@ def main(argv=None):
             if c.shard:
                 network.set_requires_gradient_sync(last)
             with nullcontext() if last or world == 1 or c.shard else model.no_sync():
-                b = micro_batch(climate, train_starts, c, meta, device, (c.seed, step, micro))
-                b.x, gain = data.learn(b.physical, b.x, meta["transform"]) if learning else (b.x, 0)
+                b = next(batches)
+                gain = 0
+                if learning:
+                    b.x, gain = data.learn(b.physical, b.x, meta["transform"])
+                elif c.average_targets and not teacher:
+                    b = average_targets(b)
                 loss, v_error = batch_loss(run, c, meta, b)
                 ((loss.mean() - gain) * world / c.gradient_accumulation_steps).backward()
             seen.append((loss.detach(), v_error, b.logsnr))
@@ -675,6 +785,117 @@ def main(argv=None):
         sys.exit(128 + stop)
     if rank == 0:
         print(f"{out}/ckpt.pt is ready: python sample.py --out_dir={c.out_dir}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --bench=true
+
+
+def seconds(f, device):
+    """Duration of f(): by events on CUDA, where the host runs ahead, else by the clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record(), f(), end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def find_peer(C, parameters):
+    """Unet3D of video-diffusion-pytorch, where it is installed, of the nearest number of parameters; or None."""
+    if importlib.util.find_spec("video_diffusion_pytorch") is None:
+        return None
+    if importlib.util.find_spec("torchvision") is None:
+        sys.modules["torchvision"] = MagicMock()  # the peer reads image files with it, nothing else
+    from video_diffusion_pytorch import Unet3D
+
+    def size(dim):
+        with torch.device("meta"):
+            return abs(sum(p.numel() for p in Unet3D(dim, channels=C).parameters()) - parameters)
+
+    return Unet3D(min(range(16, 161, 8), key=size), channels=C)
+
+
+def bench(c, rounds=5):
+    """Print a table of speeds: ours and the peer's, eager and compiled, as medians of interleaved rounds beside the peak.
+
+    Training is a whole step (forward, backward, AdamW, average) on batch_size clips; the peak is the faster of a 3x3
+    convolution and a matrix product in the same number format; floating point operations are those of the forward pass,
+    counted, and three times as many in training.
+    """
+    device, amp, compiled = pick_device(c)
+    climate, starts, _, meta = prepare(c, None, 0)
+    torch.manual_seed(c.seed)
+    b = micro_batch(climate, starts, c, meta, device, (c.seed, 0, 0))
+    z, logsnr = diffusion.diffuse(b.x, b.logsnr, b.eps), b.logsnr.to(device, torch.float32)
+    work, first, modules = {}, {}, {}  # what is timed, seconds to the first training step
+
+    def contestant(name, network, loss, forward):
+        optimizer, average = make_optimizer(c, network, device), AveragedModel(network)
+
+        def step():
+            loss(network).backward()
+            optimizer.step(), optimizer.zero_grad(set_to_none=True), average.update_parameters(network)
+
+        first[name], modules[name] = seconds(step, device), network
+        work[name, "training"], work[name, "forward"] = step, torch.no_grad()(lambda: forward(network))
+
+    for name in ["eager", "compiled"] if compiled else ["eager"]:
+        network = make_network(c, climate, meta).to(device)
+        if name == "compiled":
+            network.compile_blocks()
+        run = lambda network: run_network(network, device, amp, c, meta)
+        contestant(name, network, lambda network: batch_loss(run(network), c, meta, b)[0].mean(), lambda network: run(network)(z, logsnr, b.cond))
+    ours = network
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(modules["eager"])(z[:1], logsnr[:1], None if b.cond is None else b.cond[:1])
+    flops, parameters = counter.get_total_flops(), sum(p.numel() for p in ours.parameters())
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
+    grid = default_grid(64, c, meta)
+    denoise = diffusion.make_denoiser(lambda z, logsnr, _: run(ours)(z, logsnr, b.cond), c.param)
+    sampler = lambda: [None for _ in zip(range(2), diffusion.sample(torch.no_grad()(denoise), z, grid, diffusion.SAMPLERS["dpmpp_sde"]))]
+    work["sampling", ""] = sampler
+    work["data", ""] = lambda: micro_batch(climate, starts, c, meta, device, (c.seed, 1, 0))
+    x, kernel = (torch.randn(shape).to(device, amp, memory_format=torch.channels_last) for shape in ((32, 256, 32, 32), (256, 256, 3, 3)))
+    matrix = torch.randn(3072, 3072).to(device, amp)
+    work["peak", "convolution"], work["peak", "matmul"] = lambda: torch.conv2d(x, kernel, padding=1), lambda: matrix @ matrix
+    peak_flops = {"convolution": 2 * kernel.numel() * 32**3, "matmul": 2 * 3072**3}
+    peer = find_peer(len(climate.names), parameters)
+    for dtype in {torch.float32, amp} if peer else ():
+        t = torch.randint(0, 1000, (len(b.x),), device=device)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        for how in ("", " compiled") if compiled else ("",):
+            network = copy.deepcopy(peer).to(device)
+            if how:
+                network.compile()
+            contestant(f"peer {str(dtype)[6:]}{how}", network, autocast(lambda net: (net(z, t) - b.eps).abs().mean()), autocast(lambda net: net(z, t)))
+    times = {key: [] for key in work}
+    for f in work.values():
+        f()  # warm
+    for _ in range(rounds):
+        for key, f in work.items():
+            times[key].append(seconds(f, device))
+    clips_per_s = {key: c.batch_size / float(np.median(t)) for key, t in times.items()}
+    peaks = {kind: flop / float(np.median(times["peak", kind])) for kind, flop in peak_flops.items()}
+    peak = max(peaks.values())
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{len(climate.names)}x{c.frames}x{climate.size[0]}x{climate.size[1]} clips, {c.batch_size} at a time, {device}, {where}, {str(amp)[6:]}, torch {torch.__version__}; medians of {rounds} interleaved rounds")
+    print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per clip forward, three times that in training; peak memory {memory / 2**30:.2f} GiB")
+    print("peak " + ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in peaks.items()))
+    print(f"{'':<24}{'M par.':>8}{'first step, s':>15}{'training, clips/s':>19}{'of peak':>9}{'forward, clips/s':>18}{'of peak':>9}")
+    for name, network in modules.items():
+        share = lambda kind, n: f"{n * flops * clips_per_s[name, kind] / peak:>9.1%}" if "peer" not in name else f"{'':>9}"
+        print(f"{name:<24}{sum(p.numel() for p in network.parameters()) / 1e6:>8.2f}{first[name]:>15.2f}{clips_per_s[name, 'training']:>19.3f}{share('training', 3)}{clips_per_s[name, 'forward']:>18.3f}{share('forward', 1)}")
+    print(f"data {clips_per_s['data', '']:.0f} clips/s; sampling {clips_per_s['sampling', ''] * 2 / 64:.3f} clips/s (dpmpp_sde, 64 steps, from 2)")
+    if peer:
+        for kind in ("training", "forward"):
+            ours, theirs = (max((v, k[0]) for k, v in clips_per_s.items() if k[1] == kind and ("peer" in k[0]) == p) for p in (False, True))
+            print(f"{kind}: {ours[0] / theirs[0]:.2f} times the peer's best ({theirs[1]})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def run_main(main):
