@@ -15,7 +15,6 @@ Papers by their short names: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), SDE
 SDEs), NCSN (Song and Ermon 2019), VDM (Kingma et al. 2021), EDM (Karras et al. 2022), DPM++ (Lu et al. 2022),
 distillation (Salimans and Ho 2022), min-SNR (Hang et al. 2023), K&G (Kingma and Gao 2023).
 """
-import functools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -192,43 +191,47 @@ def make_denoiser(network, param, cond=None):
 # It is EDM's skip connection c_skip with a variance per mode instead of one for all; for white data and v it is zero
 
 
-@functools.lru_cache(maxsize=32)
-def dct_matrix(n, device, dtype):
-    """Orthonormal DCT-II, rows are frequencies 0 .. n-1 (k half-waves per axis): near the eigenvectors of smooth fields."""
-    k, x = torch.arange(n, dtype=torch.float64)[:, None], (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    M = math.sqrt(2 / n) * torch.cos(math.pi * k * x)
-    M[0] /= math.sqrt(2)
-    return M.to(device, dtype)
+def principal_axis(covariance):
+    """The eigenvectors of a covariance (n, n) as the rows of an orthonormal matrix, the largest variance first."""
+    return torch.linalg.eigh(covariance.double())[1].flip(1).T.to(covariance).contiguous()
 
 
-def to_modes(x, inverse=False):
-    """Cosine modes of clips over time and space, (..., T, H, W) both ways; keeps sums of squares."""
-    for dim in (-1, -2, -3):
-        M = dct_matrix(x.shape[dim], x.device, x.dtype)
+def to_modes(x, axes, inverse=False):
+    """Modes of clips, products of a pattern in time, one in y and one in x: (..., T, H, W) both ways; keeps sums of squares.
+
+    axes: orthonormal matrices (T, T), (H, H), (W, W) whose rows are the patterns.
+    """
+    for dim, M in zip((-3, -2, -1), axes):
         x = torch.tensordot(x, M if not inverse else M.T, dims=([dim], [1])).movedim(-1, dim)
     return x
 
 
-def modes_of_length(w, T):
-    """Mode variances (C, T0, H, W) for clips of T frames instead: the same power spectrum, in logs, at the frequencies k / 2T.
+def modes_of_length(w, axes, T):
+    """Mode variances w (C, T0, H, W) and axes for clips of T frames instead.
 
-    The variance of single frames, the mean over the modes of time, is kept. (C, T, H, W)
+    The covariance in time, taken for stationary, is cut, or goes on as it fell in its last step; the variances are the same
+    power spectrum, in logs, at the frequencies k / 2T, and keep that of single frames, the mean over the modes of time.
     """
     T0 = w.shape[1]
     if T == T0:
-        return w
-    k = (torch.arange(T, device=w.device, dtype=w.dtype) * T0 / T).clamp(max=T0 - 1)  # (T,)
+        return w, axes
+    C = axes[0].T @ (w.mean((0, 2, 3))[:, None] * axes[0])
+    r = torch.stack([C.diagonal(l).mean() for l in range(T0)])
+    fall = (r[-1] / r[-2]).clamp(0, 0.999) if T0 > 1 else r.new_zeros(())
+    r = torch.cat([r, r[-1] * fall ** torch.arange(1, max(T - T0, 0) + 1, device=r.device)])
+    lags = torch.arange(T, device=r.device)
+    k = (lags.to(w) * T0 / T).clamp(max=T0 - 1)  # (T,)
     below, above = k.floor().long(), k.ceil().long()
     v = torch.lerp(w[:, below].log(), w[:, above].log(), expand(k - below, w[0])).exp()
-    return v * w.mean(1, keepdim=True) / v.mean(1, keepdim=True)
+    return v * w.mean(1, keepdim=True) / v.mean(1, keepdim=True), [principal_axis(r[(lags[:, None] - lags).abs()]), *axes[1:]]
 
 
-def linear_part(z, logsnr, mean, w, param):
+def linear_part(z, logsnr, mean, w, axes, param):
     """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
     Per mode of z - alpha mean: E[x - mean | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and
-    E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W) or one per clip, z (B, C, T, H, W),
-    logsnr (B,) -> F like z, the scale (B, 1, 1, 1, 1) of what is left, and Wiener's estimate of x itself, (x_hat - mean)
+    E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W) or one per clip, axes as in to_modes,
+    z (B, C, T, H, W), logsnr (B,) -> F like z, the scale (B, 1, 1, 1, 1) of what is left, and Wiener's estimate of x itself, (x_hat - mean)
     over its standard deviation, like z. The scale is the root of the mean over modes of (alpha w / (alpha^2 w + sigma^2))^2,
     the variance of v that is unknown times the share of it that z tells of. It goes to 0 in pure noise, where x_hat is the
     mean of the data whatever their law, and to 1 without noise.
@@ -237,8 +240,8 @@ def linear_part(z, logsnr, mean, w, param):
     total = alpha**2 * w + sigma**2  # variance of the modes of z
     rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
     std = (alpha**2 * w**2 / total).mean((1, 2, 3, 4), keepdim=True).sqrt()
-    Z = to_modes(z - alpha * mean)
-    F, wiener = to_modes(torch.stack([(a * alpha * w + b * sigma) / total * Z, alpha * w / total / std * Z]), inverse=True)
+    Z = to_modes(z - alpha * mean, axes)
+    F, wiener = to_modes(torch.stack([(a * alpha * w + b * sigma) / total * Z, alpha * w / total / std * Z]), axes, inverse=True)
     return a * mean + F, rest, wiener
 
 

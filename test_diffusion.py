@@ -204,35 +204,44 @@ def test_a_weighting_means_the_same_for_every_parameterisation(param, weighting)
     torch.testing.assert_close(v_error, x_error / sigma2, rtol=1e-8, atol=0)
 
 
+def cosines(*sizes):
+    """Orthonormal cosines (DCT-II) as patterns of modes."""
+    k = [torch.arange(n, dtype=torch.float64) for n in sizes]
+    return [torch.nn.functional.normalize(torch.cos(math.pi * k_[:, None] * (k_ + 0.5) / len(k_)), dim=1) for k_ in k]
+
+
+AXES = cosines(2, 3, 4)
+
+
 def test_linear_part_is_the_conditional_expectation():
     g = torch.Generator().manual_seed(0)
     w = 10 ** (4 * torch.rand(1, 2, 3, 4, generator=g, dtype=torch.float64) - 2)
-    basis = D.to_modes(torch.eye(24, dtype=torch.float64).reshape(24, 1, 2, 3, 4), inverse=True).reshape(24, 24)  # rows: modes
+    basis = D.to_modes(torch.eye(24, dtype=torch.float64).reshape(24, 1, 2, 3, 4), AXES, inverse=True).reshape(24, 24)  # rows: modes
     torch.testing.assert_close(basis @ basis.T, torch.eye(24, dtype=torch.float64))
     C = basis.T @ torch.diag(w.flatten()) @ basis  # the covariance in cells
     z, logsnr = torch.randn(5, 1, 2, 3, 4, generator=g, dtype=torch.float64), f64([-8.0, -2.0, 0.0, 3.0, 8.0])
     mean = torch.randn(1, 1, 3, 4, generator=g, dtype=torch.float64)
     m = mean.expand(1, 2, 3, 4).flatten()
     for param in D.PARAMS:
-        x_hat = D.to_x(D.linear_part(z, logsnr, mean, w, param)[0], z, logsnr, param).reshape(5, 24)
+        x_hat = D.to_x(D.linear_part(z, logsnr, mean, w, AXES, param)[0], z, logsnr, param).reshape(5, 24)
         for i, l in enumerate(logsnr):
             alpha, sigma = D.alpha_sigma(l)
             expected = m + alpha * C @ torch.linalg.solve(alpha**2 * C + sigma**2 * torch.eye(24, dtype=torch.float64), z[i].flatten() - alpha * m)
             torch.testing.assert_close(x_hat[i], expected, rtol=1e-6, atol=1e-9)
     white = torch.ones_like(w)
-    assert D.linear_part(z, logsnr, 0 * mean, white, "v")[0].abs().max() < 1e-12  # for white data v-prediction is already centred
-    rest = D.linear_part(z, f64([-40.0, 0.0, 0.0, 0.0, 40.0]), mean, white, "v")[1].flatten()
+    assert D.linear_part(z, logsnr, 0 * mean, white, AXES, "v")[0].abs().max() < 1e-12  # for white data v-prediction is already centred
+    rest = D.linear_part(z, f64([-40.0, 0.0, 0.0, 0.0, 40.0]), mean, white, AXES, "v")[1].flatten()
     assert rest[0] < 1e-8 and rest[1].item() == pytest.approx(math.sqrt(0.5)) and rest[4].item() == pytest.approx(1)
 
 
 def test_wiener_estimate_is_standardised_x():
     g = torch.Generator().manual_seed(0)
     w, mean = 10 ** (2 * torch.rand(1, 2, 3, 4, generator=g, dtype=torch.float64) - 1), torch.randn(1, 1, 3, 4, generator=g, dtype=torch.float64)
-    x = mean + D.to_modes(w.sqrt() * torch.randn(4000, 1, 2, 3, 4, generator=g, dtype=torch.float64), inverse=True)
+    x = mean + D.to_modes(w.sqrt() * torch.randn(4000, 1, 2, 3, 4, generator=g, dtype=torch.float64), AXES, inverse=True)
     for l in (-6.0, 0.0, 6.0):
         logsnr = torch.full((4000,), l, dtype=torch.float64)
         z = D.diffuse(x, logsnr, torch.randn(x.shape, generator=g, dtype=torch.float64))
-        F, _, wiener = D.linear_part(z, logsnr, mean, w, "v")
+        F, _, wiener = D.linear_part(z, logsnr, mean, w, AXES, "v")
         x_hat = D.to_x(F, z, logsnr, "v") - mean
         assert wiener.var().item() == pytest.approx(1, abs=0.03)
         ratio = x_hat / wiener
@@ -835,13 +844,20 @@ def test_change_of_variables_is_the_slope_of_the_transform(name):
 def test_mode_variances_are_those_of_the_law(monkeypatch, tmp_path):
     c = small_builtin(monkeypatch, tmp_path, "gaussian", 6, 240, 40)
     plain = [{"name": "none", "scale": 1.0, "floor": None, "mean": 0.0, "std": 1.0}]
-    mean, got = train.mean_and_modes(c, np.arange(240) * 40, train.SimpleNamespace(frames=8), plain)
-    x = torch.from_numpy(data.clips(c, np.arange(240) * 40, 8))
-    torch.testing.assert_close(mean, x.mean((0, 2))[:, None], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got, (D.to_modes(x - mean) ** 2).mean(0), rtol=1e-3, atol=1e-5)
-    M = D.to_modes(torch.eye(8 * 36, dtype=torch.float64).reshape(-1, 1, 8, 6, 6)).flatten(1)  # rows: cells, columns: modes
+    fitted = train.fit_linear(c, np.arange(240) * 40, train.SimpleNamespace(frames=8), plain)
+    x, got, axes = torch.from_numpy(data.clips(c, np.arange(240) * 40, 8)), fitted["modes"], fitted["axes"]
+    torch.testing.assert_close(fitted["mean"], x.mean((0, 2))[:, None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, (D.to_modes(x - fitted["mean"], axes) ** 2).mean(0), rtol=1e-3, atol=1e-5)
+    for n, dim, M in zip((8, 6, 6), (2, 3, 4), axes):
+        a = (x - fitted["mean"]).movedim(dim, -1).flatten(0, -2)
+        C = M @ (a.T @ a) @ M.T
+        torch.testing.assert_close(M @ M.T, torch.eye(n), rtol=0, atol=1e-5)
+        assert (C - C.diagonal().diag()).abs().max() < 1e-4 * C.max() and (C.diagonal().diff() < 0).all()
+    M = D.to_modes(torch.eye(8 * 36).reshape(-1, 1, 8, 6, 6), axes).flatten(1).double()  # rows: cells, columns: modes
     exact = (M.T @ data.gaussian_covariance(8, 6) @ M).diagonal().reshape(1, 8, 6, 6)
     assert (got / exact - 1).abs().max() < 5.5 * math.sqrt(2 / 240) and abs((got / exact).mean() - 1) < 0.03
+    cells = M**2 @ got.double().flatten()  # the variance of a cell, were the modes independent: cosines double it in the corners
+    assert (cells / cells.mean() - 1).abs().max() < 0.25
 
 
 def test_rain_gets_a_cube_root_and_a_floor_and_nan_a_mask():
@@ -1050,7 +1066,7 @@ def test_learnt_transform_freezes_and_resumes_bit_identically(field, tmp_path):
     # mean and modes are those of the frozen transform
     c, climate = train.SimpleNamespace(**whole["settings"]), data.open_climate(tmp_path / "wave.npy")
     starts = data.split_windows(climate, 4)[0]
-    torch.testing.assert_close(whole["data"]["modes"], train.mean_and_modes(climate, starts, c, [last])[1])
+    torch.testing.assert_close(whole["data"]["modes"], train.fit_linear(climate, starts, c, [last])["modes"])
     assert (halfway["data"]["modes"] - whole["data"]["modes"]).abs().max() > 1e-5
     x = data.clips(climate, starts[:9], 4)
     np.testing.assert_allclose(data.denormalise(data.normalise(x, [last])[0], [last]), x, atol=1e-5)
@@ -1439,20 +1455,24 @@ def test_classifier_free_guidance_extrapolates():
 
 
 def test_modes_of_other_lengths():
-    """Of the built-in field: the variance of a frame exactly, the power to about a tenth (the nearest mode's: to a fifth)."""
-    S = D.dct_matrix(6, torch.device("cpu"), torch.float64)
-    S = torch.kron(S, S)
+    """Of the built-in field: the axes cut exactly, the variance of a frame exactly, the power to about a tenth."""
 
-    def modes(T):  # exact variances of the cosine modes
-        M, C = D.dct_matrix(T, torch.device("cpu"), torch.float64), data.gaussian_covariance(T, 6).reshape(T, 36, T, 36)
-        return torch.einsum("kt,atu,ku->ka", M, torch.einsum("as,tsuv,av->atu", S, C, S), M).reshape(1, T, 6, 6)
+    def law(T):  # principal axes of the exact covariance and variances of the modes
+        C = data.gaussian_covariance(T, 6).reshape(T, 6, 6, T, 6, 6)
+        axes = [D.principal_axis(torch.einsum(f"tyx{pair}->{out}", C)) for pair, out in (("uyx", "tu"), ("tzx", "yz"), ("tyz", "xz"))]
+        M = torch.einsum("at,by,cx->abctyx", *axes).reshape(36 * T, 36 * T)
+        return (M @ C.reshape(36 * T, 36 * T) @ M.T).diagonal().reshape(1, T, 6, 6), axes
 
-    w = modes(8)
-    torch.testing.assert_close(D.modes_of_length(w, 8), w)
-    torch.testing.assert_close(D.modes_of_length(w, 1), modes(1))
+    w, axes = law(8)
+    assert D.modes_of_length(w, axes, 8)[0] is w
+    torch.testing.assert_close(D.modes_of_length(w, axes, 1)[0].sum(), law(1)[0].sum())
     for T in (5, 12):
-        torch.testing.assert_close(D.modes_of_length(w, T).mean(1), modes(T).mean(1), rtol=0.01, atol=0)
-        assert (D.modes_of_length(w, T) - modes(T)).abs().sum() < 0.17 * modes(T).sum()
+        (got, patterns), (exact, expected) = D.modes_of_length(w, axes, T), law(T)
+        torch.testing.assert_close(patterns[0] @ patterns[0].T, torch.eye(T, dtype=torch.float64))
+        same = (patterns[0] * expected[0]).sum(1).abs()  # patterns up to sign
+        assert same.min() > 0.9999 if T < 8 else same[:5].min() > 0.99
+        torch.testing.assert_close(got.mean(1), w.mean(1), rtol=1e-6, atol=0)
+        assert (got - exact).abs().sum() < 0.17 * exact.sum()
 
 
 @torch.no_grad()
@@ -1582,7 +1602,7 @@ def test_what_the_network_is_told_in_training(tmp_path):
     run = train.run_network(lambda z, l, cond, mix: torch.ones_like(z), torch.device("cpu"), torch.float32, c, meta)
     z, l = torch.zeros_like(b.x), torch.full((64,), -20.0)
     rest = run(z, l, b.cond, b.mix) - run(z, l, b.cond, b.mix).new_tensor(0)
-    base = D.linear_part(z, l, meta["mean"], D.modes_of_length(meta["modes"], 4), "v")[0]
+    base = D.linear_part(z, l, meta["mean"], meta["modes"], meta["axes"], "v")[0]
     anything = (b.cond[:, 1:] != 0).flatten(1).any(1)
     assert ((rest - base).flatten(1).mean(1)[anything] - 1).abs().max() < 1e-3 and (rest - base)[~anything].abs().max() < 1e-2
 

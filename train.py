@@ -9,6 +9,7 @@ Edit the settings below or override any of them as --key=value; --help lists the
 import argparse
 import ast
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -115,7 +116,7 @@ CHOICES = {
     "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
-FORMAT = 3  # of checkpoints
+FORMAT = 4  # of checkpoints
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 
@@ -197,17 +198,18 @@ def run_network(network, device, dtype, c, meta):
 
     The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
     """
-    mean, modes = (meta[k].to(device) for k in ("mean", "modes"))
+    mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
+    modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
 
     def run(z, logsnr, cond=None, mix=None):
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         if not c.linear_skip:
             with autocast:
                 return network(z, logsnr, cond, mix).float()
-        w = diffusion.modes_of_length(modes, z.shape[2])
+        w, patterns = modes_of_length(z.shape[2])
         if mix is not None:  # unrelated frames: the same variance in every mode of time
             w = torch.where(diffusion.expand(mix, z) > 0, w, w.mean(1, keepdim=True))
-        linear, rest, wiener = diffusion.linear_part(z, logsnr, mean, w, c.param)
+        linear, rest, wiener = diffusion.linear_part(z, logsnr, mean, w, patterns, c.param)
         if meta["known"] or meta["conditions"]:
             told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
@@ -234,20 +236,27 @@ def condition_channels(meta, x, valid=None, known=None, told=None):
     return torch.cat(parts, 1) if parts else None
 
 
-def mean_and_modes(climate, starts, c, transform):
-    """Mean of every cell (C, 1, H, W) and variance of the cosine modes about it (C, T, H, W): what the linear part knows.
+def fit_linear(climate, starts, c, transform):
+    """What the linear part knows: mean of every cell (C, 1, H, W), variance of the modes about it (C, T, H, W), their axes.
 
-    From up to 2000 training clips evenly spread, fewer of large ones (2e7 values in all, but at least 50 clips).
+    The axes are the principal ones of the covariance in time, in y and in x, all else averaged: for a covariance that is a
+    product of the three the modes are its eigenvectors, edges and round globes included, as cosines are not. From up to
+    2000 training clips evenly spread, fewer of large ones (2e7 values in all, but at least 50 clips).
     """
     values = len(climate.names) * c.frames * math.prod(climate.size)
     count = min(len(starts), max(50, min(2000, 20_000_000 // values)))
-    chosen, total, total_modes = starts[np.linspace(0, len(starts) - 1, count).astype(int)], 0, 0
-    for i in range(0, count, 10):
-        x, _ = data.normalise(data.clips(climate, chosen[i : i + 10], c.frames), transform)
-        total, total_modes = total + x.sum(0), total_modes + (diffusion.to_modes(x) ** 2).sum(0)
-    mean = (total / count).mean(1, keepdim=True)
-    M, X = diffusion.to_modes(mean.expand_as(total)), diffusion.to_modes(total / count)
-    return mean, (total_modes / count - M * (2 * X - M)).clamp(min=1e-6)  # E (x - m)^2 = E x^2 - m (2 E x - m)
+    chosen, mean = starts[np.linspace(0, len(starts) - 1, count).astype(int)], 0
+
+    def average(f):
+        return sum(f(data.normalise(data.clips(climate, chosen[i : i + 10], c.frames), transform)[0] - mean) for i in range(0, count, 10)) / count
+
+    def covariance(dim):
+        series = lambda x: x.movedim(dim, -1).flatten(0, -2)
+        return average(lambda x: series(x).T @ series(x))
+
+    mean = average(lambda x: x.sum(0)).mean(1, keepdim=True)
+    axes = [diffusion.principal_axis(covariance(dim)) for dim in (-3, -2, -1)]
+    return {"mean": mean, "modes": average(lambda x: (diffusion.to_modes(x, axes) ** 2).sum(0)).clamp(min=1e-6), "axes": axes}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -605,7 +614,7 @@ def prepare(c, checkpoint, rank):
     meta = describe(climate, fitted, *data.valid_cells(climate, covered))
     meta["known"], names = split_conditions(c)
     meta["conditions"] = data.fit_conditions(climate, names, covered)
-    meta["mean"], meta["modes"] = mean_and_modes(climate, train_starts, c, fitted)
+    meta |= fit_linear(climate, train_starts, c, fitted)
     return climate, train_starts, test_starts, meta
 
 
@@ -705,7 +714,7 @@ def main(argv=None):
         if learning and step >= c.transform_iters:
             learning = []
             data.refresh(meta["transform"], freeze=True)
-            meta["mean"], meta["modes"] = mean_and_modes(climate, train_starts, c, meta["transform"])
+            meta |= fit_linear(climate, train_starts, c, meta["transform"])
             run = run_network(model, device, amp, c, meta)
         lr = learning_rate_at(step, c)
         for group in [*optimizer.param_groups, *transform_optimizer.param_groups]:
