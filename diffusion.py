@@ -207,23 +207,21 @@ def to_modes(x, axes, inverse=False):
 
 
 def modes_of_length(w, axes, T):
-    """Mode variances w (C, T0, H, W) and axes for clips of T frames instead.
+    """Mode variances (C, T0, H, W) and axes for clips of T frames instead.
 
-    The covariance in time, taken for stationary, is cut, or goes on as it fell in its last step; the variances are the same
-    power spectrum, in logs, at the frequencies k / 2T, and keep that of single frames, the mean over the modes of time.
+    The autocovariance of every pattern in space, taken for stationary, is cut, or goes on falling as in its last step.
     """
     T0 = w.shape[1]
     if T == T0:
         return w, axes
-    C = axes[0].T @ (w.mean((0, 2, 3))[:, None] * axes[0])
-    r = torch.stack([C.diagonal(l).mean() for l in range(T0)])
-    fall = (r[-1] / r[-2]).clamp(0, 0.999) if T0 > 1 else r.new_zeros(())
-    r = torch.cat([r, r[-1] * fall ** torch.arange(1, max(T - T0, 0) + 1, device=r.device)])
-    lags = torch.arange(T, device=r.device)
-    k = (lags.to(w) * T0 / T).clamp(max=T0 - 1)  # (T,)
-    below, above = k.floor().long(), k.ceil().long()
-    v = torch.lerp(w[:, below].log(), w[:, above].log(), expand(k - below, w[0])).exp()
-    return v * w.mean(1, keepdim=True) / v.mean(1, keepdim=True), [principal_axis(r[(lags[:, None] - lags).abs()]), *axes[1:]]
+    lagged = lambda A: torch.stack([(A[:, : len(A) - l] * A[:, l:]).sum(1) for l in range(len(A))], 1)  # (modes, lags)
+    r = torch.einsum("cthw,tl->clhw", w, lagged(axes[0]) / torch.arange(T0, 0, -1).to(w))  # autocovariances
+    fall = (r[:, -1:] / r[:, -2:-1]).clamp(0, 0.999) if T0 > 1 else 0 * r
+    r = torch.cat([r, r[:, -1:] * fall ** torch.arange(1, max(T - T0, 0) + 1).to(w)[:, None, None]], 1)[:, :T]
+    lags = torch.arange(T, device=w.device)
+    A = principal_axis(r.mean((0, 2, 3))[(lags[:, None] - lags).abs()])
+    twice = lagged(A) * torch.where(lags > 0, 2, 1)
+    return torch.einsum("clhw,tl->cthw", r, twice).clamp(min=1e-6), [A, *axes[1:]]
 
 
 def linear_part(z, logsnr, mean, w, axes, param):

@@ -1455,7 +1455,7 @@ def test_classifier_free_guidance_extrapolates():
 
 
 def test_modes_of_other_lengths():
-    """Of the built-in field: the axes cut exactly, the variance of a frame exactly, the power to about a tenth."""
+    """Of the built-in field: the axes cut exactly, the variance of a frame exactly, that of the modes nearly."""
 
     def law(T):  # principal axes of the exact covariance and variances of the modes
         C = data.gaussian_covariance(T, 6).reshape(T, 6, 6, T, 6, 6)
@@ -1471,8 +1471,8 @@ def test_modes_of_other_lengths():
         torch.testing.assert_close(patterns[0] @ patterns[0].T, torch.eye(T, dtype=torch.float64))
         same = (patterns[0] * expected[0]).sum(1).abs()  # patterns up to sign
         assert same.min() > 0.9999 if T < 8 else same[:5].min() > 0.99
-        torch.testing.assert_close(got.mean(1), w.mean(1), rtol=1e-6, atol=0)
-        assert (got - exact).abs().sum() < 0.17 * exact.sum()
+        torch.testing.assert_close(got.mean((1, 2, 3)), w.mean((1, 2, 3)), rtol=0.01, atol=0)
+        assert (got - exact).abs().sum() < (0.05 if T < 8 else 0.1) * exact.sum()
 
 
 @torch.no_grad()
