@@ -169,9 +169,10 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile block by block, in place: the blocks of a level share one program, so the first step comes soon."""
+        """torch.compile block by block, in place: blocks of the same shape share one program, so the first step comes soon."""
+        torch._dynamo.config.recompile_limit = 64  # one program per shape of a block, never one for any shape
         for module in [*self.down, *self.middle, *self.attention, *self.up]:
-            module.compile(fullgraph=True, backend=backend)
+            module.compile(fullgraph=True, dynamic=False, backend=backend)
 
     def conditioning(self, logsnr):
         """Scale and shift of every block, a list of (B, 2C). logsnr (B,)"""
