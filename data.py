@@ -80,7 +80,7 @@ def rain_products(rho):
     """E[(z - c)^p (z' - c)^p] over the wet, of latent values with correlation rho (any shape), averaged over the year.
 
     The sum over n of a_n^2 rho^n with a_n the Hermite coefficients of the power (Mehler); they fall as n^-2, so that the
-    300 used leave 1e-7 at rho = 1.
+    300 used leave less than 1e-5 of it at rho = 1.
     """
     z, squares = np.linspace(0, 12, 20001), 0
     for season in range(4):

@@ -61,7 +61,7 @@ def rotary(x):
 
 
 def attend(q, k, v):
-    """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but for short bfloat16 sequences on a CPU, where that is 3 to 10 times slower."""
+    """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but for short bfloat16 sequences on a CPU, where that is slower."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 128:
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

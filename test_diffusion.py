@@ -693,6 +693,15 @@ def test_position_matters_and_wrapped_fields_have_no_seam():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("L", [8, 200])
+def test_attention_is_that_of_the_textbook(L):
+    q, k, v = torch.randn(3, 4, 2, L, 16).bfloat16()
+    weights = (q.double() @ k.double().mT / 4).exp()
+    expected = weights @ v.double() / weights.sum(-1, keepdim=True)
+    assert (model.attend(q, k, v).double() - expected).abs().max() < 0.03 and model.attend(q, k, v).dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_time_attention_depends_on_differences():
     q, k = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
     score = model.rotary(q) @ model.rotary(k).mT
@@ -856,6 +865,9 @@ def test_mode_variances_are_those_of_the_law(monkeypatch, tmp_path):
     assert (got / exact - 1).abs().max() < 5.5 * math.sqrt(2 / 240) and abs((got / exact).mean() - 1) < 0.03
     cells = M**2 @ got.double().flatten()  # the variance of a cell, were the modes independent: cosines double it in the corners
     assert (cells / cells.mean() - 1).abs().max() < 0.25
+    M = D.to_modes(torch.eye(8 * 36, dtype=torch.float64).reshape(-1, 1, 8, 6, 6), cosines(8, 6, 6)).flatten(1)
+    cells = M**2 @ (M.T @ data.gaussian_covariance(8, 6) @ M).diagonal()
+    assert cells[0] > 1.5 * cells.mean()
 
 
 def test_rain_gets_a_cube_root_and_a_floor_and_nan_a_mask():
@@ -1828,6 +1840,8 @@ def test_students_take_their_teachers_steps(field, tmp_path):
         np.testing.assert_array_equal(student, drawn(tmp_path / "s" / name, "--sampler=ddim", f"--steps={n}"))
     with pytest.raises(data.InputError, match="student of 2 ddim steps"):
         drawn(tmp_path / "s/steps-2", "--steps=16")
+    with pytest.raises(data.InputError, match="--distill_steps is 2 in the checkpoint"):
+        train.main([f"--out_dir={tmp_path}/s/steps-2", "--init_from=resume", "--distill_steps=4"])
     before = (tmp_path / "s/steps-4/ckpt.pt").read_bytes()
     train.main(students)  # nothing is left to do
     assert (tmp_path / "s/steps-4/ckpt.pt").read_bytes() == before

@@ -332,7 +332,7 @@ def levels(c, meta):
 
 
 def default_grid(num_steps, c, meta):
-    """The log-SNRs that sampling visits: even where the data's modes emerge, within the range trained on. (num_steps + 1,)
+    """The log-SNRs that sampling visits: even where the data's modes emerge, the last one +inf. (num_steps + 1,)
 
     Outside that range a step changes nothing; a grid even in log-SNR inside it gives every mode the same number of steps,
     where one even in time of a +-30 cosine starves the mean of the field.
@@ -341,7 +341,10 @@ def default_grid(num_steps, c, meta):
 
 
 def sampling_range(c, meta):
-    """("logsnr", first, last): where the data's modes emerge from the noise, as far as the schedule goes."""
+    """("logsnr", first, last): where the data's modes emerge from the noise and 5 beyond, as far as the schedule goes.
+
+    `spectrum` trains on 4 beyond: what the last unit adds is a bit more of the variance of the first and the last mode.
+    """
     ends = (c.logsnr_min, c.logsnr_max) if c.schedule == "spectrum" else diffusion.logsnr_schedule([1.0, 0.0], *levels(c, meta)).tolist()
     first, last = diffusion.spectrum_range(meta["modes"], margin=5.0)
     return "logsnr", max(first, ends[0]), min(last, ends[1])
@@ -389,11 +392,17 @@ def micro_batch(climate, starts, c, meta, device, stream, teacher=None):
     mix = (torch.arange(len(x)) >= single).float() if single else None
     b = SimpleNamespace(physical=physical, x=move(x), mask=move(None if mask.all() and not meta["masked"] else mask), loss_mask=move(None if unknown.all() and not meta["masked"] else unknown),
                            cond=move(condition_channels(meta, x, mask, known, told)), mix=move(mix), logsnr=logsnr, eps=move(eps))  # fmt: skip
-    if teacher:  # x and eps that give the same z, and are where two steps of the teacher lead
+    if teacher:
         z, denoise = diffusion.diffuse(b.x, logsnr, b.eps), diffusion.make_denoiser(lambda z, logsnr, cond: teacher(z, logsnr, cond, b.mix), c.param, b.cond)
         with torch.no_grad():
-            b.x = diffusion.two_ddim_steps(denoise, z, logsnr, grid[k + 1], grid[k + 2])
-        b.eps = diffusion.to_eps(b.x, z, logsnr)
+            b = retarget(b, diffusion.two_ddim_steps(denoise, z, logsnr, grid[k + 1], grid[k + 2]))
+    return b
+
+
+def retarget(b, x):
+    """The batch with clean clips x in place of its own, and the eps with which they make the same z."""
+    alpha, sigma, _, _ = diffusion.scales(b.logsnr, x)
+    b.x, b.eps = x, b.eps + alpha / sigma * (b.x - x)
     return b
 
 
@@ -413,10 +422,7 @@ def ahead(f, keys, background):
 def average_targets(b):
     """A batch with the same z and targets of less variance (diffusion.batch_posterior), where clips differ in nothing but x."""
     if b.cond is None and b.mask is None and b.mix is None:
-        z = diffusion.diffuse(b.x, b.logsnr, b.eps)
-        alpha, sigma, _, _ = diffusion.scales(b.logsnr, z)
-        x = diffusion.batch_posterior(b.x, z, b.logsnr)
-        b.x, b.eps = x, b.eps + alpha / sigma * (b.x - x)
+        b = retarget(b, diffusion.batch_posterior(b.x, diffusion.diffuse(b.x, b.logsnr, b.eps), b.logsnr))
     return b
 
 
@@ -628,6 +634,7 @@ def main(argv=None):
     checkpoint = load_checkpoint(out / "ckpt.pt") if resume or c.eval_only else None
     if checkpoint:
         inherit(c, checkpoint["settings"], argv)
+        require(c.distill_steps == checkpoint["settings"]["distill_steps"], f"--distill_steps is {checkpoint['settings']['distill_steps']} in the checkpoint and cannot change; start a new run in another --out_dir")
     taught = load_checkpoint(c.distill) if c.distill else None
     if taught and not checkpoint:
         inherit(c, taught["settings"], argv)
@@ -855,17 +862,15 @@ def bench(c, rounds=5):
         network = make_network(c, climate, meta).to(device)
         if name == "compiled":
             network.compile_blocks()
-        run = lambda network: run_network(network, device, amp, c, meta)
-        contestant(name, network, lambda network: batch_loss(run(network), c, meta, b)[0].mean(), lambda network: run(network)(z, logsnr, b.cond))
-    ours = network
+        run = run_network(network, device, amp, c, meta)
+        contestant(name, network, lambda net, run=run: batch_loss(run, c, meta, b)[0].mean(), lambda net, run=run: run(z, logsnr, b.cond))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(modules["eager"])(z[:1], logsnr[:1], None if b.cond is None else b.cond[:1])
-    flops, parameters = counter.get_total_flops(), sum(p.numel() for p in ours.parameters())
+        run_network(modules["eager"], device, amp, c, meta)(z[:1], logsnr[:1], None if b.cond is None else b.cond[:1])
+    flops, parameters = counter.get_total_flops(), sum(p.numel() for p in network.parameters())
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
     grid = default_grid(64, c, meta)
-    denoise = diffusion.make_denoiser(lambda z, logsnr, _: run(ours)(z, logsnr, b.cond), c.param)
-    sampler = lambda: [None for _ in zip(range(2), diffusion.sample(torch.no_grad()(denoise), z, grid, diffusion.SAMPLERS["dpmpp_sde"]))]
-    work["sampling", ""] = sampler
+    denoise = diffusion.make_denoiser(lambda z, logsnr, _: run(z, logsnr, b.cond), c.param)
+    work["sampling", ""] = lambda: [None for _ in zip(range(2), diffusion.sample(torch.no_grad()(denoise), z, grid, diffusion.SAMPLERS["dpmpp_sde"]))]
     work["data", ""] = lambda: micro_batch(climate, starts, c, meta, device, (c.seed, 1, 0))
     x, kernel = (torch.randn(shape).to(device, amp, memory_format=torch.channels_last) for shape in ((32, 256, 32, 32), (256, 256, 3, 3)))
     matrix = torch.randn(3072, 3072).to(device, amp)
