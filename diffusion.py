@@ -243,6 +243,16 @@ def linear_part(z, logsnr, mean, w, axes, param):
     return a * mean + F, rest, wiener
 
 
+def above_lowest(z, logsnr, low):
+    """asinh((z - alpha low) / sigma): how far z is above where the lowest value x can take would be, in units of the noise.
+
+    Where rain is dry x is `low` exactly, and the noise can be read off: with a resolution that z itself lacks in bfloat16
+    beside heavy rain. asinh keeps that near 0 and grows like a logarithm beyond. low (C, 1, 1, 1), z (B, C, T, H, W).
+    """
+    alpha, sigma, _, _ = scales(logsnr, z)
+    return torch.asinh((z - alpha * low) / sigma)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # losses
 

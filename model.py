@@ -2,7 +2,8 @@
 
 Frames are folded into the batch, (B T) C H W in channels_last, so that every spatial convolution is a plain Conv2d;
 time is mixed in every block by a 3-tap convolution on a view of the same memory, (B, C, T, H W). Attention over space
-and over time acts at the lowest resolution. Written so that torch.compile(fullgraph=True) fuses the small functions.
+and over time acts at the lowest resolution. What a patch of cells has in common comes out of that; the last layer goes
+back to single cells, with the noisy value of each beside it: whether one is dry is seen there alone. Written so that torch.compile(fullgraph=True) fuses the small functions.
 """
 import math
 from dataclasses import dataclass
@@ -39,10 +40,13 @@ def per_clip(norm, h, T, mix=None):
 def norm_act(h, norm, T, mix=None, scale_shift=None):
     """SiLU(GroupNorm(h) * (1 + scale) + shift). h (BT, C, H, W), scale_shift (BT, 2C, 1, 1)"""
     h = per_clip(norm, h, T, mix)
-    if scale_shift is not None:
-        scale, shift = scale_shift.chunk(2, 1)
-        h = torch.addcmul(shift, h, 1 + scale)
-    return F.silu(h)
+    return F.silu(h) if scale_shift is None else modulate_act(h, scale_shift)
+
+
+def modulate_act(h, scale_shift):
+    """SiLU(h * (1 + scale) + shift). h (BT, C, H, W), scale_shift (BT, 2C, 1, 1)"""
+    scale, shift = scale_shift.chunk(2, 1)
+    return F.silu(h * (1 + scale) + shift)
 
 
 def add(h, temporal, mix):
@@ -159,10 +163,12 @@ class UNet(nn.Module):
                 h = w
             if i > 0:
                 self.upsample.append(Conv(h, h, c.wrap_x))
-        self.norm, self.out = nn.GroupNorm(h // 16, h), Conv(h, c.in_channels * c.patch**2, c.wrap_x)
+        features, hidden = c.width // 8, c.width // 2
+        self.norm, self.features = nn.GroupNorm(h // 16, h), Conv(h, features * c.patch**2, c.wrap_x)
+        self.cell, self.out = nn.Conv2d(features + c.in_channels + c.cond_channels, hidden, 1), nn.Conv2d(hidden, c.in_channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.film_sizes = [2 * b.conv2.out_channels for b in [*self.down, *self.middle, *self.up]]
+        self.film_sizes = [2 * b.conv2.out_channels for b in [*self.down, *self.middle, *self.up]] + [2 * hidden]
         self.film = nn.Linear(emb, sum(self.film_sizes))  # scale and shift of every block in one product
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
@@ -216,6 +222,7 @@ class UNet(nn.Module):
             h = h[..., torch.arange(-left, W + pad_x - left, device=h.device) % W]
         elif pad_x:
             h = F.pad(h, (0, pad_x, 0, 0), mode="replicate")
+        cells = h
         h = F.pixel_unshuffle(h, c.patch).contiguous(memory_format=torch.channels_last)
         h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
         if mix is not None:
@@ -242,5 +249,7 @@ class UNet(nn.Module):
                 h = run(next(up), torch.cat([h, skips.pop()], 1), next(films), T, mix)
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
-        h = F.pixel_shuffle(self.out(norm_act(h, self.norm, T, mix)), c.patch)
+        h = F.pixel_shuffle(self.features(norm_act(h, self.norm, T, mix)), c.patch)
+        h = self.cell(torch.cat([h, cells.to(h.dtype)], 1).contiguous(memory_format=torch.channels_last))
+        h = self.out(modulate_act(h, next(films)))
         return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()

@@ -248,6 +248,16 @@ def test_wiener_estimate_is_standardised_x():
         torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("l", [0.0, 5.0, 10.0])
+def test_distance_from_the_lowest_value_tells_the_noise_of_dry_cells(l):
+    g, logsnr, low = torch.Generator().manual_seed(0), f64([l]), f64([-0.4]).view(1, 1, 1, 1)
+    x, eps = f64([-0.4, 6.0]).expand(1, 1, 100, 1, 2), torch.randn(1, 1, 100, 1, 2, generator=g, dtype=torch.float64)
+    above = D.above_lowest(D.diffuse(x, logsnr, eps), logsnr, low).bfloat16().double().sinh()
+    signal = 6.4 * math.exp(l / 2)  # of the wet cells, in units of the noise
+    for got, expected in ((above[..., 0], eps[..., 0]), (above[..., 1], signal + eps[..., 1])):
+        assert ((got - expected).abs() < 0.03 * (1 + expected.abs())).all()
+
+
 def test_batch_posterior_keeps_the_mean():
     # data that are 0, 1 or 4 with known odds: the target averaged over all batches of three that gave this z is E[x | z]
     values, odds = f64([0.0, 1.0, 4.0]), f64([0.5, 0.3, 0.2])
@@ -690,6 +700,21 @@ def test_position_matters_and_wrapped_fields_have_no_seam():
     z = torch.zeros(1, 1, 1, 8, 10)
     z[..., 9] = 1.0  # seen from the first column, across the edge
     assert (net(z, l) - net(0 * z, l))[..., 0].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_last_layer_sees_each_cell_by_itself():
+    net = small_unet(in_channels=1, cond_channels=1)
+    net.features.weight.zero_(), net.features.bias.zero_()  # nothing from the patches
+    z, cond, l = torch.randn(2, 1, 3, 8, 8), torch.randn(2, 1, 3, 8, 8), torch.tensor([-4.0, 4.0])
+    base = net(z, l, cond)
+    for a in (z, cond):
+        a[0, 0, 1, 2, 3] += 1
+        changed = (net(z, l, cond) - base).abs() > 1e-6
+        a[0, 0, 1, 2, 3] -= 1
+        assert changed[0, 0, 1, 2, 3] and changed.sum() == 1
+    z[:], cond[:] = 0.7, -0.3
+    assert (net(z, l, cond)[0] - net(z, l, cond)[1]).abs().min() > 1e-4  # and how much noise there is
 
 
 @torch.no_grad()
@@ -1850,7 +1875,7 @@ def test_students_take_their_teachers_steps(field, tmp_path):
 def test_bench_prints_its_table(field, capsys):
     train.main([*field, "--bench=true"])
     out = capsys.readouterr().out
-    assert f"{sum(p.numel() for p in model.UNet(model.Config(in_channels=1, cond_channels=1, width=16, blocks=1, patch=4)).parameters()) / 1e6:.2f} M parameters" in out
+    assert f"{sum(p.numel() for p in model.UNet(model.Config(in_channels=1, cond_channels=2, width=16, blocks=1, patch=4)).parameters()) / 1e6:.2f} M parameters" in out
     assert re.search(r"peak convolution \d+ GFLOP/s, matmul \d+ GFLOP/s", out) and re.search(r"eager +0\.\d+ +\d", out) and "sampling" in out
 
 
@@ -2218,6 +2243,58 @@ def test_a_large_array_stays_on_disk(tmp_path):
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"\npeak resident memory {peak:.2f} GiB")
     assert code == 0 and peak < 2
+
+
+@slow
+@torch.no_grad()
+def test_denoising_error_beside_a_peer():
+    """SLOW=1 OUT=out MINUTES=20 pytest -s -k beside_a_peer: held-out error of a finished run and of video-diffusion-pytorch.
+
+    The peer is its Unet3D of the nearest size with its own GaussianDiffusion, EMA and its Trainer's settings, in its
+    better number format, on the same clips scaled to its [0, 1], for as long as the run took; its estimate is clamped
+    as in its sampler. Errors are |v - v_hat|^2 = |x - x_hat|^2 / sigma^2 of standardised clips.
+    """
+    pytest.importorskip("video_diffusion_pytorch")
+    checkpoint = train.load_checkpoint(Path(os.environ.get("OUT", "out")) / "ckpt.pt")
+    c, meta = train.SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
+    device, amp, _ = train.pick_device(c)
+    network, climate = train.build(checkpoint, device), data.open_climate(c.dataset, c.variables, c.size, c.seed)
+    starts, test_starts = data.split_windows(climate, c.frames)
+    theirs = train.find_peer(len(meta["names"]), sum(p.numel() for p in network.parameters()))
+    from video_diffusion_pytorch.video_diffusion_pytorch import EMA, GaussianDiffusion
+
+    low, high = (pick(f[k] for f in meta["transform"]) for pick, k in ((min, "low"), (max, "high")))
+    peer = GaussianDiffusion(theirs.to(device), image_size=c.size, num_frames=c.frames, channels=len(meta["names"])).to(device)
+    average, ema, optimizer, steps, start = copy.deepcopy(peer), EMA(0.995), torch.optim.Adam(peer.parameters(), 1e-4), 0, time.time()
+    while time.time() - start < 60 * float(os.environ.get("MINUTES", 20)):
+        for half in range(2):  # its gradient accumulation
+            b = train.micro_batch(climate, starts, c, meta, device, (c.seed, steps, half))
+            with torch.enable_grad(), torch.autocast(device.type, amp):
+                (peer((b.x - low) / (high - low)) / 2).backward()
+        optimizer.step(), optimizer.zero_grad()
+        steps += 1
+        if steps < 2000:
+            average.load_state_dict(peer.state_dict())
+        elif steps % 10 == 0:
+            ema.update_model_average(average, peer)
+    parts = [train.micro_batch(climate, test_starts, c, meta, device, (c.seed + 1, 0, i)) for i in range(4)]
+    x, eps, gain = torch.cat([b.x for b in parts]), torch.cat([b.eps for b in parts]), 2 / (high - low)
+    print(f"\n{c.batch_size * c.max_iters} clips in our run; {2 * steps * c.batch_size} in the peer's, {sum(p.numel() for p in theirs.parameters()) / 1e6:.2f} M parameters\n{'log-SNR':>8}{'ours':>9}{'peer':>9}")
+    ours = D.make_denoiser(train.run_network(network, device, amp, c, meta), c.param)
+    levels = peer.alphas_cumprod.logit()
+    for l in range(-9, 10, 2):
+        t = (levels - (l - 2 * math.log(gain))).abs().argmin()  # its step at which our field has this log-SNR
+        logsnr = (levels[t] + 2 * math.log(gain)).double().expand(c.batch_size)
+        errors = []
+        for a, n in zip(x.split(c.batch_size), eps.split(c.batch_size)):
+            u = gain * (a - low) - 1  # its [-1, 1]
+            with torch.autocast(device.type, amp):
+                noise = average.denoise_fn(average.q_sample(u, t.expand(len(u)), n), t.expand(len(u)))
+            u_hat = average.predict_start_from_noise(average.q_sample(u, t.expand(len(u)), n), t.expand(len(u)), noise.float()).clamp(-1, 1)
+            errors.append([(a - x_hat).pow(2).mean() / torch.sigmoid(-logsnr[0]) for x_hat in (ours(D.diffuse(a, logsnr, n), logsnr), (u_hat + 1) / gain + low)])
+        mine, other = torch.tensor(errors).mean(0).tolist()
+        print(f"{logsnr[0]:>8.1f}{mine:>9.4f}{other:>9.4f}")
+        assert mine < other
 
 
 def test_properties_of_windows_transforms_and_settings(tmp_path):

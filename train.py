@@ -83,7 +83,7 @@ loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
 batch_size = 32  # clips per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, shared by the ranks of torchrun
-max_iters = 4000  # optimiser steps
+max_iters = 5000  # optimiser steps
 learning_rate = 2e-3  # peak of AdamW's learning rate
 warmup_iters = 100  # linear warm-up, then cosine decay to min_lr at max_iters
 min_lr = 1e-5  # learning rate at the end
@@ -116,7 +116,7 @@ CHOICES = {
     "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
-FORMAT = 4  # of checkpoints
+FORMAT = 5  # of checkpoints
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 
@@ -196,7 +196,7 @@ def pick_device(c):
 def run_network(network, device, dtype, c, meta):
     """network(z, logsnr, cond, mix) under autocast; scaled and added in float32 to the linear part of mean and spectrum.
 
-    The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
+    It sees Wiener's estimate and the distance from the lowest value beside z. The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
     """
     mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
     modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
@@ -213,8 +213,10 @@ def run_network(network, device, dtype, c, meta):
         if meta["known"] or meta["conditions"]:
             told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
+        low = torch.tensor([f["low"] for f in meta["transform"]]).view(-1, 1, 1, 1).to(device)  # moves while a transform is learnt
+        seen = [wiener, diffusion.above_lowest(z, logsnr, low), *([] if cond is None else [cond])]
         with autocast:
-            F = network(z, logsnr, wiener if cond is None else torch.cat([wiener, cond], 1), mix).float()
+            F = network(z, logsnr, torch.cat(seen, 1), mix).float()
         return linear + rest * F
 
     return run
@@ -582,7 +584,7 @@ def make_network(c, climate, meta):
     """An untrained network for this data and these settings."""
     C, blank = len(climate.names), condition_channels(meta, torch.zeros(1, len(climate.names), 1, 1, 1), torch.zeros(1))
     wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
-    network = UNet(Config(C, C * c.linear_skip + (0 if blank is None else blank.shape[1]), c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap))
+    network = UNet(Config(C, 2 * C * c.linear_skip + (0 if blank is None else blank.shape[1]), c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap))
     network.checkpoint_activations = c.checkpoint_activations
     return network
 
