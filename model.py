@@ -135,6 +135,21 @@ class Attention(nn.Module):
         return add(x, y, mix if self.axis == "time" else None)
 
 
+class Cell(nn.Module):
+    """From what its patch says and its own noisy value to the prediction for a cell: a layer modulated by the log-SNR, zero at start."""
+
+    def __init__(self, c_in, hidden, c_out):
+        super().__init__()
+        self.inner, self.out = nn.Conv2d(c_in, hidden, 1), nn.Conv2d(hidden, c_out, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features, cells, scale_shift):
+        """(BT, K, H, W), (BT, C, H, W), (BT, 2 hidden, 1, 1) -> (BT, c_out, H, W)"""
+        h = torch.cat([features, cells.to(features.dtype)], 1).contiguous(memory_format=torch.channels_last)
+        return self.out(modulate_act(self.inner(h), scale_shift))
+
+
 class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -165,9 +180,7 @@ class UNet(nn.Module):
                 self.upsample.append(Conv(h, h, c.wrap_x))
         features, hidden = c.width // 8, c.width // 2
         self.norm, self.features = nn.GroupNorm(h // 16, h), Conv(h, features * c.patch**2, c.wrap_x)
-        self.cell, self.out = nn.Conv2d(features + c.in_channels + c.cond_channels, hidden, 1), nn.Conv2d(hidden, c.in_channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.cell = Cell(features + c.in_channels + c.cond_channels, hidden, c.in_channels)
         self.film_sizes = [2 * b.conv2.out_channels for b in [*self.down, *self.middle, *self.up]] + [2 * hidden]
         self.film = nn.Linear(emb, sum(self.film_sizes))  # scale and shift of every block in one product
         nn.init.zeros_(self.film.weight)
@@ -177,7 +190,7 @@ class UNet(nn.Module):
     def compile_blocks(self, backend="inductor"):
         """torch.compile block by block, in place: blocks of the same shape share one program, so the first step comes soon."""
         torch._dynamo.config.recompile_limit = 64  # one program per shape of a block, never one for any shape
-        for module in [*self.down, *self.middle, *self.attention, *self.up]:
+        for module in [*self.down, *self.middle, *self.attention, *self.up, self.cell]:
             module.compile(fullgraph=True, dynamic=False, backend=backend)
 
     def conditioning(self, logsnr):
@@ -250,6 +263,5 @@ class UNet(nn.Module):
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
         h = F.pixel_shuffle(self.features(norm_act(h, self.norm, T, mix)), c.patch)
-        h = self.cell(torch.cat([h, cells.to(h.dtype)], 1).contiguous(memory_format=torch.channels_last))
-        h = self.out(modulate_act(h, next(films)))
+        h = run(self.cell, h, cells, next(films))
         return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()
