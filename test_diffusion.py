@@ -1785,6 +1785,18 @@ def test_guided_samples_do_not_depend_on_the_batch(field, tmp_path):
     assert np.abs(drawn[0][:, 0] - drawn[0][:, 1])[:, :, -1].max() > 1e-2  # members differ
 
 
+def test_land_stays_unknown_from_window_to_window(field, tmp_path, monkeypatch):
+    x = np.load(tmp_path / "wave.npy")
+    x[:, :3] = np.nan
+    np.save(tmp_path / "wave.npy", x)
+    train.main([*field, "--max_iters=2", "--condition=known"])
+    masks, guided = [], sample.guided
+    monkeypatch.setattr(sample, "guided", lambda c, run, settings, meta, known, told: masks.append(known.mask.clone()) or guided(c, run, settings, meta, known, told))
+    sample.main([f"--out_dir={tmp_path}/out", "--task=extend", "--length=6", "--num_samples=1", "--steps=2", "--device=cpu", "--dtype=float32", "--verify=false"])
+    assert len(masks) == 2 and masks[0].max() == 0  # nothing is known of the first window
+    assert masks[1][..., :2, 3:, :].min() == 1 and masks[1][..., :2, :3, :].max() == 0 and masks[1][..., 2:, :, :].max() == 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the scripts
 
