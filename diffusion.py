@@ -229,8 +229,9 @@ def linear_part(z, logsnr, mean, w, axes, param):
 
     Per mode of z - alpha mean: E[x - mean | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and
     E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W) or one per clip, axes as in to_modes,
-    z (B, C, T, H, W), logsnr (B,) -> F like z, the scale (B, 1, 1, 1, 1) of what is left, and Wiener's estimate of x itself, (x_hat - mean)
-    over its standard deviation, like z. The scale is the root of the mean over modes of (alpha w / (alpha^2 w + sigma^2))^2,
+    z (B, C, T, H, W), logsnr (B,) -> F like z, the scale (B, 1, 1, 1, 1) of what is left, and the estimates of x, (x_hat - mean)
+    over its standard deviation, and of eps, like z, which together are z again, better conditioned: beside weather as a whole
+    the finest scales are faint in z. The scale is the root of the mean over modes of (alpha w / (alpha^2 w + sigma^2))^2,
     the variance of v that is unknown times the share of it that z tells of. It goes to 0 in pure noise, where x_hat is the
     mean of the data whatever their law, and to 1 without noise.
     """
@@ -239,8 +240,8 @@ def linear_part(z, logsnr, mean, w, axes, param):
     rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
     std = (alpha**2 * w**2 / total).mean((1, 2, 3, 4), keepdim=True).sqrt()
     Z = to_modes(z - alpha * mean, axes)
-    F, wiener = to_modes(torch.stack([(a * alpha * w + b * sigma) / total * Z, alpha * w / total / std * Z]), axes, inverse=True)
-    return a * mean + F, rest, wiener
+    x, eps = to_modes(torch.stack([alpha * w / total * Z, sigma / total * Z]), axes, inverse=True)
+    return a * (mean + x) + b * eps, rest, x / std, eps
 
 
 def above_lowest(z, logsnr, low):

@@ -3,7 +3,7 @@
 Frames are folded into the batch, (B T) C H W in channels_last, so that every spatial convolution is a plain Conv2d;
 time is mixed in every block by a 3-tap convolution on a view of the same memory, (B, C, T, H W). Attention over space
 and over time acts at the lowest resolution. What a patch of cells has in common comes out of that; the last layer goes
-back to single cells, with the noisy value of each beside it: whether one is dry is seen there alone. Written so that torch.compile(fullgraph=True) fuses the small functions.
+back to single cells, with the input of each and of its neighbours beside it: whether one is dry is seen there alone. Written so that torch.compile(fullgraph=True) fuses the small functions.
 """
 import math
 from dataclasses import dataclass
@@ -72,14 +72,14 @@ def attend(q, k, v):
 
 
 class Conv(nn.Conv2d):
-    """3x3 convolution that keeps the size; zeros beyond the edges, or around the globe in x if wrap_x."""
+    """Convolution that keeps the size; zeros beyond the edges, or around the globe in x if wrap_x."""
 
-    def __init__(self, c_in, c_out, wrap_x, stride=1):
-        super().__init__(c_in, c_out, 3, stride, padding=(1, 0) if wrap_x else 1)
-        self.wrap_x = wrap_x
+    def __init__(self, c_in, c_out, wrap_x, stride=1, size=3):
+        super().__init__(c_in, c_out, size, stride, padding=(size // 2, 0) if wrap_x else size // 2)
+        self.around = (size // 2, size // 2, 0, 0) if wrap_x else None
 
     def forward(self, h):
-        return super().forward(F.pad(h, (1, 1, 0, 0), mode="circular") if self.wrap_x else h)
+        return super().forward(h if self.around is None else F.pad(h, self.around, mode="circular"))
 
 
 class TimeConv(nn.Conv2d):
@@ -136,17 +136,24 @@ class Attention(nn.Module):
 
 
 class Cell(nn.Module):
-    """From what its patch says and its own noisy value to the prediction for a cell: a layer modulated by the log-SNR, zero at start."""
+    """From what its patch says, its own input and that around it, 3x5x5, to the prediction for a cell; zero at start."""
 
-    def __init__(self, c_in, hidden, c_out):
+    def __init__(self, features, c_in, hidden, c_out, wrap_x):
         super().__init__()
-        self.inner, self.out = nn.Conv2d(c_in, hidden, 1), nn.Conv2d(hidden, c_out, 1)
+        self.near = Conv(3 * c_in, features, wrap_x, size=5)
+        self.inner, self.out = nn.Conv2d(2 * features + c_in, hidden, 1), nn.Conv2d(hidden, c_out, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, features, cells, scale_shift):
+    def forward(self, features, cells, scale_shift, T, mix=None):
         """(BT, K, H, W), (BT, C, H, W), (BT, 2 hidden, 1, 1) -> (BT, c_out, H, W)"""
-        h = torch.cat([features, cells.to(features.dtype)], 1).contiguous(memory_format=torch.channels_last)
+        cells = cells.to(features.dtype)
+        c = rearrange(cells, "(b t) c h w -> b t c h w", t=T)
+        before_after = torch.cat([F.pad(c, (0, 0, 0, 0, 0, 0, 1, -1)), F.pad(c, (0, 0, 0, 0, 0, 0, -1, 1))], 2).flatten(0, 1)
+        if mix is not None:
+            before_after = mix * before_after
+        near = self.near(torch.cat([cells, before_after], 1).contiguous(memory_format=torch.channels_last))
+        h = torch.cat([features, near, cells], 1).contiguous(memory_format=torch.channels_last)
         return self.out(modulate_act(self.inner(h), scale_shift))
 
 
@@ -180,7 +187,7 @@ class UNet(nn.Module):
                 self.upsample.append(Conv(h, h, c.wrap_x))
         features, hidden = c.width // 8, c.width // 2
         self.norm, self.features = nn.GroupNorm(h // 16, h), Conv(h, features * c.patch**2, c.wrap_x)
-        self.cell = Cell(features + c.in_channels + c.cond_channels, hidden, c.in_channels)
+        self.cell = Cell(features, c.in_channels + c.cond_channels, hidden, c.in_channels, c.wrap_x)
         self.film_sizes = [2 * b.conv2.out_channels for b in [*self.down, *self.middle, *self.up]] + [2 * hidden]
         self.film = nn.Linear(emb, sum(self.film_sizes))  # scale and shift of every block in one product
         nn.init.zeros_(self.film.weight)
@@ -263,5 +270,5 @@ class UNet(nn.Module):
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
         h = F.pixel_shuffle(self.features(norm_act(h, self.norm, T, mix)), c.patch)
-        h = run(self.cell, h, cells, next(films))
+        h = run(self.cell, h, cells, next(films), T, mix)
         return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()

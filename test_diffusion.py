@@ -234,14 +234,15 @@ def test_linear_part_is_the_conditional_expectation():
     assert rest[0] < 1e-8 and rest[1].item() == pytest.approx(math.sqrt(0.5)) and rest[4].item() == pytest.approx(1)
 
 
-def test_wiener_estimate_is_standardised_x():
+def test_estimates_of_x_and_eps_are_those_of_the_linear_part():
     g = torch.Generator().manual_seed(0)
     w, mean = 10 ** (2 * torch.rand(1, 2, 3, 4, generator=g, dtype=torch.float64) - 1), torch.randn(1, 1, 3, 4, generator=g, dtype=torch.float64)
     x = mean + D.to_modes(w.sqrt() * torch.randn(4000, 1, 2, 3, 4, generator=g, dtype=torch.float64), AXES, inverse=True)
     for l in (-6.0, 0.0, 6.0):
         logsnr = torch.full((4000,), l, dtype=torch.float64)
         z = D.diffuse(x, logsnr, torch.randn(x.shape, generator=g, dtype=torch.float64))
-        F, _, wiener = D.linear_part(z, logsnr, mean, w, AXES, "v")
+        F, _, wiener, noise = D.linear_part(z, logsnr, mean, w, AXES, "v")
+        torch.testing.assert_close(noise, D.to_eps(D.to_x(F, z, logsnr, "v"), z, logsnr), rtol=1e-6, atol=1e-9)
         x_hat = D.to_x(F, z, logsnr, "v") - mean
         assert wiener.var().item() == pytest.approx(1, abs=0.03)
         ratio = x_hat / wiener
@@ -703,16 +704,19 @@ def test_position_matters_and_wrapped_fields_have_no_seam():
 
 
 @torch.no_grad()
-def test_last_layer_sees_each_cell_by_itself():
+def test_last_layer_sees_a_cell_and_its_neighbours():
     net = small_unet(in_channels=1, cond_channels=1)
     net.features.weight.zero_(), net.features.bias.zero_()  # nothing from the patches
     z, cond, l = torch.randn(2, 1, 3, 8, 8), torch.randn(2, 1, 3, 8, 8), torch.tensor([-4.0, 4.0])
-    base = net(z, l, cond)
     for a in (z, cond):
-        a[0, 0, 1, 2, 3] += 1
-        changed = (net(z, l, cond) - base).abs() > 1e-6
-        a[0, 0, 1, 2, 3] -= 1
-        assert changed[0, 0, 1, 2, 3] and changed.sum() == 1
+        for mix, frames in ((None, slice(0, 3)), (torch.tensor([0.0, 1.0]), slice(1, 2))):  # mix 0: frames apart
+            base = net(z, l, cond, mix)
+            a[0, 0, 1, 2, 3] += 1
+            changed = (net(z, l, cond, mix) - base).abs() > 1e-6
+            a[0, 0, 1, 2, 3] -= 1
+            box = torch.zeros_like(changed)
+            box[0, 0, frames, :5, 1:6] = True
+            assert torch.equal(changed, box)
     z[:], cond[:] = 0.7, -0.3
     assert (net(z, l, cond)[0] - net(z, l, cond)[1]).abs().min() > 1e-4  # and how much noise there is
 
@@ -1518,7 +1522,7 @@ def test_unrelated_frames_do_not_mix():
     torch.testing.assert_close(apart[1:], net(z, l)[1:])
     for t in range(3):
         torch.testing.assert_close(apart[:1, :, t : t + 1], net(z[:1, :, t : t + 1], l[:1]), rtol=1e-4, atol=1e-5)
-    assert (apart[0] - net(z, l)[0]).abs().max() > 1e-2
+    assert (apart[0] - net(z, l)[0]).abs().max() > 1e-3
 
 
 def test_checkpointed_activations_give_the_same_gradient():

@@ -196,7 +196,7 @@ def pick_device(c):
 def run_network(network, device, dtype, c, meta):
     """network(z, logsnr, cond, mix) under autocast; scaled and added in float32 to the linear part of mean and spectrum.
 
-    It sees Wiener's estimate and the distance from the lowest value beside z. The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
+    It sees the linear estimates of eps and x in place of z, and the distance from the lowest value. The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
     """
     mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
     modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
@@ -209,14 +209,14 @@ def run_network(network, device, dtype, c, meta):
         w, patterns = modes_of_length(z.shape[2])
         if mix is not None:  # unrelated frames: the same variance in every mode of time
             w = torch.where(diffusion.expand(mix, z) > 0, w, w.mean(1, keepdim=True))
-        linear, rest, wiener = diffusion.linear_part(z, logsnr, mean, w, patterns, c.param)
+        linear, rest, x, eps = diffusion.linear_part(z, logsnr, mean, w, patterns, c.param)
         if meta["known"] or meta["conditions"]:
             told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
         low = torch.tensor([f["low"] for f in meta["transform"]]).view(-1, 1, 1, 1).to(device)  # moves while a transform is learnt
-        seen = [wiener, diffusion.above_lowest(z, logsnr, low), *([] if cond is None else [cond])]
+        seen = [x, diffusion.above_lowest(z, logsnr, low), *([] if cond is None else [cond])]
         with autocast:
-            F = network(z, logsnr, torch.cat(seen, 1), mix).float()
+            F = network(eps, logsnr, torch.cat(seen, 1), mix).float()
         return linear + rest * F
 
     return run
