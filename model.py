@@ -3,7 +3,8 @@
 Frames are folded into the batch, (B T) C H W in channels_last, so that every spatial convolution is a plain Conv2d;
 time is mixed in every block by a 3-tap convolution on a view of the same memory, (B, C, T, H W). Attention over space
 and over time acts at the lowest resolution. What a patch of cells has in common comes out of that; the last layer goes
-back to single cells, with the input of each and of its neighbours beside it: whether one is dry is seen there alone. Written so that torch.compile(fullgraph=True) fuses the small functions.
+back to single cells, with the input of each and of its neighbours beside it: whether one is dry is seen there alone.
+Written so that torch.compile(fullgraph=True) fuses the small functions.
 """
 import math
 from dataclasses import dataclass

@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -2271,7 +2272,7 @@ def test_denoising_error_beside_a_peer():
     as in its sampler. Errors are |v - v_hat|^2 = |x - x_hat|^2 / sigma^2 of standardised clips.
     """
     checkpoint = train.load_checkpoint(Path(os.environ.get("OUT", "out")) / "ckpt.pt")
-    c, meta = train.SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
+    c, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
     device, amp, _ = train.pick_device(c)
     network, climate = train.build(checkpoint, device), data.open_climate(c.dataset, c.variables, c.size, c.seed)
     starts, test_starts = data.split_windows(climate, c.frames)

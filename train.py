@@ -196,7 +196,8 @@ def pick_device(c):
 def run_network(network, device, dtype, c, meta):
     """network(z, logsnr, cond, mix) under autocast; scaled and added in float32 to the linear part of mean and spectrum.
 
-    It sees the linear estimates of eps and x in place of z, and the distance from the lowest value. The scale, which goes to 0 in pure noise, is 1 for a clip that is told something: then there is more to say.
+    It sees the linear estimates of eps and x in place of z, and the distance from the lowest value. The scale, which goes to
+    0 in pure noise, is 1 for a clip that is told something: then there is more to say.
     """
     mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
     modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
@@ -213,7 +214,7 @@ def run_network(network, device, dtype, c, meta):
         if meta["known"] or meta["conditions"]:
             told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
-        low = torch.tensor([f["low"] for f in meta["transform"]]).view(-1, 1, 1, 1).to(device)  # moves while a transform is learnt
+        low = torch.stack([torch.full((1, 1, 1), f["low"], device=device) for f in meta["transform"]])  # moves while a transform is learnt
         seen = [x, diffusion.above_lowest(z, logsnr, low), *([] if cond is None else [cond])]
         with autocast:
             F = network(eps, logsnr, torch.cat(seen, 1), mix).float()
