@@ -197,31 +197,47 @@ def principal_axis(covariance):
 
 
 def to_modes(x, axes, inverse=False):
-    """Modes of clips, products of a pattern in time, one in y and one in x: (..., T, H, W) both ways; keeps sums of squares.
+    """Modes of clips, patterns in time and x times patterns in y: (..., T, H, W) both ways; keeps sums of squares.
 
-    axes: orthonormal matrices (T, T), (H, H), (W, W) whose rows are the patterns.
+    axes: orthonormal matrices whose rows are the patterns: (T W, T W), (H, H), or with time and x apart (T, T), (H, H), (W, W).
     """
-    for dim, M in zip((-3, -2, -1), axes):
-        x = torch.tensordot(x, M if not inverse else M.T, dims=([dim], [1])).movedim(-1, dim)
+    for dims, M in zip(((-3, -1), (-2,)) if len(axes) == 2 else ((-3,), (-2,), (-1,)), axes):
+        last = tuple(range(-len(dims), 0))
+        x = x.movedim(dims, last)
+        x = (x.flatten(-len(dims)) @ (M if inverse else M.T)).view(x.shape).movedim(last, dims)
     return x
 
 
 def modes_of_length(w, axes, T):
     """Mode variances (C, T0, H, W) and axes for clips of T frames instead.
 
-    The autocovariance of every pattern in space, taken for stationary, is cut, or goes on falling as in its last step.
+    The autocovariance of every pattern in y (of every pattern in space, where x is apart from time), taken for stationary,
+    is cut, or goes on as that of the autoregression of order T0 - 1 that has it: of all that agree with it the one of
+    maximum entropy (Burg 1975), and always a covariance.
     """
     T0 = w.shape[1]
     if T == T0:
         return w, axes
-    lagged = lambda A: torch.stack([(A[:, : len(A) - l] * A[:, l:]).sum(1) for l in range(len(A))], 1)  # (modes, lags)
-    r = torch.einsum("cthw,tl->clhw", w, lagged(axes[0]) / torch.arange(T0, 0, -1).to(w))  # autocovariances
-    fall = (r[:, -1:] / r[:, -2:-1]).clamp(0, 0.999) if T0 > 1 else 0 * r
-    r = torch.cat([r, r[:, -1:] * fall ** torch.arange(1, max(T - T0, 0) + 1).to(w)[:, None, None]], 1)[:, :T]
-    lags = torch.arange(T, device=w.device)
-    A = principal_axis(r.mean((0, 2, 3))[(lags[:, None] - lags).abs()])
-    twice = lagged(A) * torch.where(lags > 0, 2, 1)
-    return torch.einsum("clhw,tl->cthw", r, twice).clamp(min=1e-6), [A, *axes[1:]]
+    n = len(axes[0]) // T0  # cells that are in a pattern with time: W or 1
+
+    def lagged(A, most):  # (n T, n T) rows patterns -> products of frames l apart, summed over them: [(patterns, n, n)]
+        A = A.unflatten(1, (-1, n))
+        return [torch.einsum("mti,mtj->mij", A[:, : A.shape[1] - l], A[:, l:]) for l in range(most)]
+
+    def toeplitz(r, T):  # autocovariances [(..., n, n)] -> the covariance of T frames (..., n T, n T)
+        return torch.cat([torch.cat([r[v - u] if v >= u else r[u - v].mT for v in range(T)], -1) for u in range(T)], -2)
+
+    V = w.double().unflatten(-1, (-1, n)).movedim(1, -2)  # (C, H, W / n, T0, n)
+    r = [torch.einsum("chwm,mij->chwij", V.flatten(-2), a) / (T0 - l) for l, a in enumerate(lagged(axes[0].double(), T0))]
+    if T > T0 > 1:
+        last = torch.cat(r[:0:-1], -2)  # covariance of T0 - 1 frames with the next one
+        coefficients = torch.linalg.solve(toeplitz(r, T0 - 1), last)
+    for l in range(T0, T):
+        r.append(torch.cat(r[l - T0 + 1 :], -1) @ coefficients if T0 > 1 else 0 * r[0])
+    A = principal_axis(toeplitz([a.mean((0, 1, 2)) for a in r], T))
+    twice = [a if l == 0 else 2 * a for l, a in enumerate(lagged(A, T))]
+    V = sum(torch.einsum("chwij,mij->chwm", a, b) for a, b in zip(r, twice)).unflatten(-1, (T, n))
+    return V.movedim(-2, 1).flatten(-2).clamp(min=1e-6).to(w), [A.to(w), *axes[1:]]
 
 
 def linear_part(z, logsnr, mean, w, axes, param):

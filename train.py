@@ -32,6 +32,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -116,7 +117,8 @@ CHOICES = {
     "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
-FORMAT = 5  # of checkpoints
+FORMAT = 6  # of checkpoints
+TOGETHER = 2048  # patterns in time and x together, at most
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 
@@ -201,16 +203,20 @@ def run_network(network, device, dtype, c, meta):
     """
     mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
     modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
+    linear_part = lambda z, logsnr: diffusion.linear_part(z, logsnr, mean, *modes_of_length(z.shape[2]), c.param)
 
     def run(z, logsnr, cond=None, mix=None):
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         if not c.linear_skip:
             with autocast:
                 return network(z, logsnr, cond, mix).float()
-        w, patterns = modes_of_length(z.shape[2])
-        if mix is not None:  # unrelated frames: the same variance in every mode of time
-            w = torch.where(diffusion.expand(mix, z) > 0, w, w.mean(1, keepdim=True))
-        linear, rest, x, eps = diffusion.linear_part(z, logsnr, mean, w, patterns, c.param)
+        parts = linear_part(z, logsnr)
+        if mix is not None:  # unrelated frames, each a clip of its own
+            T = z.shape[2]
+            alone = linear_part(rearrange(z, "b c t h w -> (b t) c 1 h w"), logsnr.repeat_interleave(T))
+            alone = [rearrange(p, "(b t) c 1 h w -> b c t h w", t=T) for p in alone]
+            parts = [torch.where(diffusion.expand(mix, z) > 0, *both) for both in zip(parts, alone)]
+        linear, rest, x, eps = parts
         if meta["known"] or meta["conditions"]:
             told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
@@ -242,24 +248,40 @@ def condition_channels(meta, x, valid=None, known=None, told=None):
 def fit_linear(climate, starts, c, transform):
     """What the linear part knows: mean of every cell (C, 1, H, W), variance of the modes about it (C, T, H, W), their axes.
 
-    The axes are the principal ones of the covariance in time, in y and in x, all else averaged: for a covariance that is a
-    product of the three the modes are its eigenvectors, edges and round globes included, as cosines are not. From up to
-    2000 training clips evenly spread, fewer of large ones (2e7 values in all, but at least 50 clips).
+    The axes are the principal ones of the covariance in time and x together, for weather travels, and of that in y, all else
+    averaged: for a covariance that is a product of the two the modes are its eigenvectors, edges and round globes included,
+    as cosines are not. Time and x are taken apart where that makes the last fifth of the clips likelier given the others,
+    for so many patterns want many clips, and beyond TOGETHER patterns. From up to 2000 training clips evenly spread, fewer
+    of large ones (2e7 values in all, but at least 50 clips).
     """
     values = len(climate.names) * c.frames * math.prod(climate.size)
     count = min(len(starts), max(50, min(2000, 20_000_000 // values)))
     chosen, mean = starts[np.linspace(0, len(starts) - 1, count).astype(int)], 0
 
-    def average(f):
-        return sum(f(data.normalise(data.clips(climate, chosen[i : i + 10], c.frames), transform)[0] - mean) for i in range(0, count, 10)) / count
+    def average(f, starts):
+        parts = (starts[i : i + 10] for i in range(0, len(starts), 10))
+        return sum(f(data.normalise(data.clips(climate, part, c.frames), transform)[0] - mean) for part in parts) / len(starts)
 
-    def covariance(dim):
-        series = lambda x: x.movedim(dim, -1).flatten(0, -2)
-        return average(lambda x: series(x).T @ series(x))
+    def fit(starts, axes):
+        def covariance(dims):
+            series = lambda x: x.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2)
+            return average(lambda x: series(x).T @ series(x), starts)
 
-    mean = average(lambda x: x.sum(0)).mean(1, keepdim=True)
-    axes = [diffusion.principal_axis(covariance(dim)) for dim in (-3, -2, -1)]
-    return {"mean": mean, "modes": average(lambda x: (diffusion.to_modes(x, axes) ** 2).sum(0)).clamp(min=1e-6), "axes": axes}
+        axes = [diffusion.principal_axis(covariance(dims)) for dims in axes]
+        return axes, average(lambda x: (diffusion.to_modes(x, axes) ** 2).sum(0), starts).clamp(min=1e-6)
+
+    def surprise(fitted, starts):  # -2 log likelihood of a Gaussian per value
+        axes, w = fitted
+        return float((w.log() + average(lambda x: (diffusion.to_modes(x, axes) ** 2).sum(0), starts) / w).mean())
+
+    mean = average(lambda x: x.sum(0), chosen).mean(1, keepdim=True)
+    choices = [((-3,), (-2,), (-1,)), ((-3, -1), (-2,))]
+    if c.frames * climate.size[1] > TOGETHER or count < 5:
+        choices = choices[:1]
+    late = count // 5
+    best = min(choices, key=lambda axes: surprise(fit(chosen[:-late], axes), chosen[-late:])) if len(choices) > 1 else choices[0]
+    axes, w = fit(chosen, best)
+    return {"mean": mean, "modes": w, "axes": axes}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
