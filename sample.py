@@ -36,6 +36,7 @@ steps = 0  # sampler steps; 0 is 64, or those that a distilled student has
 sampler = "auto"  # auto (dpmpp_sde; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
 spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
+noise_until = 0.0  # of dpmpp_sde: log-SNR up to which steps add noise; beyond it they are those of dpmpp
 variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
 churn = 0.0  # of heun: relative noise added before a step
 corrections = 0  # of pc and langevin: Langevin steps per level; 0 is 1 for pc, 10 for langevin
@@ -86,7 +87,7 @@ def check(c):
     require(not c.input or c.task != "generate", "--input belongs to another --task than generate")
     require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
     for name, default, key, owners in (
-        ("eta", 0.0, "sampler", ("ddim",)), ("variance", 0.0, "sampler", ("ancestral",)), ("churn", 0.0, "sampler", ("heun",)), ("corrections", 0, "sampler", ("pc", "langevin")),
+        ("eta", 0.0, "sampler", ("ddim",)), ("noise_until", 0.0, "sampler", ("auto", "dpmpp_sde")), ("variance", 0.0, "sampler", ("ancestral",)), ("churn", 0.0, "sampler", ("heun",)), ("corrections", 0, "sampler", ("pc", "langevin")),
         ("snr", 0.16, "sampler", ("pc", "langevin")), ("edit_logsnr", -2.0, "task", ("edit",)), ("every", 2, "task", ("interpolate",)), ("factor", 4, "task", ("superres",)),
         ("reverse", False, "task", ("extend",)), ("members", 1, "task", (*GIVEN, "extend", "loop")), ("guidance_weight", 3.0, "method", ("guidance",)), ("cg_steps", 8, "method", ("auto", "moment_matching")),
         ("obs_std", 0.0, "method", ("auto", "moment_matching")), ("method", "auto", "task", (*GIVEN, "extend", "loop", "generate")), ("length", 0, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
@@ -188,7 +189,7 @@ def encode(denoise, x, grid):
 
 def make_step(c):
     """The sampler's step function with its options."""
-    options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "heun": {"churn": c.churn}}
+    options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "dpmpp_sde": {"until": c.noise_until}, "heun": {"churn": c.churn}}
     options |= {name: {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {}) for name in ("pc", "langevin")}
     return partial(diffusion.SAMPLERS[c.sampler], **options.get(c.sampler, {}))
 

@@ -383,7 +383,7 @@ def test_ancestral_spread_on_the_uniform_time_grid():
 
 DETERMINISTIC = {"ddim": partial(D.single_step, eta=0.0), "dpmpp": D.multistep, "heun": D.heun, "ode": D.ode}
 STOCHASTIC = {"ancestral": D.single_step, "eta_half": partial(D.single_step, eta=0.5), "dpmpp_sde": partial(D.multistep, eta=1.0),
-              "sde": D.euler_maruyama, "churn": partial(D.heun, churn=0.02)}  # fmt: skip
+              "until": partial(D.multistep, eta=1.0, until=0.0), "sde": D.euler_maruyama, "churn": partial(D.heun, churn=0.02)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC])
@@ -424,6 +424,20 @@ def test_weak_order_of_the_reverse_sde():
         *_, (z, _) = D.sample(gaussian_denoiser(w), z, grid, D.euler_maruyama, noise)
         errors.append(abs((z**2).sum().item() - (w * torch.sigmoid(ends[1]) + torch.sigmoid(-ends[1])).item()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
+
+
+def test_noise_is_added_until_it_is_not():
+    grid, denoise, drawn = torch.linspace(-2, 2, 9, dtype=torch.float64), gaussian_denoiser(f64([0.3, 30.0])), []
+    noise = lambda z: drawn.append(z) or torch.ones_like(z)
+    c = train.configure(sample.__file__, ["--noise_until=0.5"], sample.CHOICES)
+    c.sampler = "dpmpp_sde"
+    z = torch.full((1, 2), 0.7, dtype=torch.float64)
+    steps = [(z, None), *D.sample(denoise, z, grid, sample.make_step(c), noise)]
+    assert len(drawn) == 5  # from -2, -1.5, -1, -0.5 and 0
+    for i, (t, s) in enumerate(zip(grid[:-1], grid[1:])):
+        memory = (steps[i][1], grid[i - 1]) if i else None
+        expected = D.multistep(denoise, steps[i][0], t, s, torch.ones_like, memory, eta=float(i < 5))[0]
+        torch.testing.assert_close(steps[i + 1][0], expected, rtol=0, atol=0)
 
 
 @slow
