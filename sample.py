@@ -774,7 +774,7 @@ def main(argv=None):
         denoise, x_0 = guided(c, run, settings, meta, blank, None), data.normalise(clip.truth, meta["transform"])[0].to(device)
         theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), step, generators(c.seed, [0]), meta)
         written.append("theory.png")
-    if c.verify and c.task in ("generate", *GIVEN, "extend", "loop"):
+    if c.verify and c.task in ("generate", *GIVEN, "extend", "loop", "edit"):
         written += verify(c, settings, meta, problem, x, ensemble, lead, folder)
         if settings.dataset == "gaussian" and meta["transform"][0]["name"] == "none" and c.task == "generate" and x[0].size <= 4096:
             blank = lambda z: diffusion.Observation(torch.zeros_like(z), torch.zeros_like(z))
@@ -789,7 +789,10 @@ def main(argv=None):
 
 
 def verify(c, settings, meta, problem, x, ensemble, lead, folder):
-    """Compare with held-out clips, or where something was given with what then came; tables, verify.json and verify.png."""
+    """Compare with held-out clips (of edits, with those they were made of), or where something was given with what then came.
+
+    Tables, verify.json and verify.png.
+    """
     T, L = settings.frames, x.shape[2]
     climate = data.open_climate(settings.dataset, settings.variables, settings.size, settings.seed)
     train_starts, test = data.split_windows(climate, T)
@@ -797,9 +800,9 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
     area, report = data.latitude_weights(meta["coords"], meta["dims"]), {}
     if problem.unseen is None:  # nothing but the law of the data to compare with; long sequences in pieces
         n = min(T, L)
-        truth = data.clips(climate, test[:: max(1, len(test) // 2000)], n)  # at most about 4000
+        truth = problem.truth if c.task == "edit" else data.clips(climate, test[:: max(1, len(test) // 2000)], n)  # at most about 4000
         x, sequences = np.concatenate([x[:, :, t : t + n] for t in range(0, L - n + 1, n)]) if L > n else x, x
-        law = data.rain_law(settings.size, n, data.LEVELS, c.dry) if settings.dataset == "climate" else None
+        law = data.rain_law(settings.size, n, data.LEVELS, c.dry) if settings.dataset == "climate" and c.task != "edit" else None
     else:
         generated = np.isfinite(problem.unseen).any((0, 1, 3, 4))  # frames
         x, truth, law = x[:, :, generated], problem.truth[:, :, generated], None
