@@ -220,23 +220,26 @@ def modes_of_length(w, axes, T):
         return w, axes
     n = len(axes[0]) // T0  # cells that are in a pattern with time: W or 1
 
-    def lagged(A, most):  # (n T, n T) rows patterns -> products of frames l apart, summed over them: [(patterns, n, n)]
+    def lagged(A, most):  # (n T, n T), rows are patterns -> for every lag products of frames so far apart, summed: (patterns, n, n)
         A = A.unflatten(1, (-1, n))
-        return [torch.einsum("mti,mtj->mij", A[:, : A.shape[1] - l], A[:, l:]) for l in range(most)]
+        return (torch.einsum("mti,mtj->mij", A[:, : A.shape[1] - l], A[:, l:]) for l in range(most))
 
     def toeplitz(r, T):  # autocovariances [(..., n, n)] -> the covariance of T frames (..., n T, n T)
         return torch.cat([torch.cat([r[v - u] if v >= u else r[u - v].mT for v in range(T)], -1) for u in range(T)], -2)
 
     V = w.double().unflatten(-1, (-1, n)).movedim(1, -2)  # (C, H, W / n, T0, n)
     r = [torch.einsum("chwm,mij->chwij", V.flatten(-2), a) / (T0 - l) for l, a in enumerate(lagged(axes[0].double(), T0))]
+    lowest = torch.linalg.eigvalsh(toeplitz(r, min(T, T0)))[..., :1, None]  # averages over pairs of frames need not be a covariance
+    white = (1e-6 - lowest).clamp(min=0) * torch.eye(n).to(lowest)  # what it takes to be one, of the same variance
+    before = r[0].diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    r = [(a + white * (l == 0)) * before / (before + white.sum((-2, -1), keepdim=True)) for l, a in enumerate(r)]
     if T > T0 > 1:
         last = torch.cat(r[:0:-1], -2)  # covariance of T0 - 1 frames with the next one
         coefficients = torch.linalg.solve(toeplitz(r, T0 - 1), last)
     for l in range(T0, T):
         r.append(torch.cat(r[l - T0 + 1 :], -1) @ coefficients if T0 > 1 else 0 * r[0])
     A = principal_axis(toeplitz([a.mean((0, 1, 2)) for a in r], T))
-    twice = [a if l == 0 else 2 * a for l, a in enumerate(lagged(A, T))]
-    V = sum(torch.einsum("chwij,mij->chwm", a, b) for a, b in zip(r, twice)).unflatten(-1, (T, n))
+    V = sum((1 + (l > 0)) * torch.einsum("chwij,mij->chwm", r[l], a) for l, a in enumerate(lagged(A, T))).unflatten(-1, (T, n))
     return V.movedim(-2, 1).flatten(-2).clamp(min=1e-6).to(w), [A.to(w), *axes[1:]]
 
 

@@ -1555,6 +1555,11 @@ def test_modes_of_other_lengths(together):
         exact = field(T).reshape(36 * T, 36 * T)
         error = lambda w, axes: (covariance(w, axes) - exact).norm() / exact.norm()
         assert error(*D.modes_of_length(w, axes, T)) < error(*of(field(T))) + 0.01
+    for seed in range(3):  # frames anything but stationary: no covariance by lag, and still no growth
+        g = torch.Generator().manual_seed(seed)
+        axes = [torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0] for n in ((12, 2) if together else (4, 2, 3))]
+        w = 10 ** (4 * torch.rand(1, 4, 2, 3, generator=g, dtype=torch.float64) - 3)
+        assert D.modes_of_length(w, axes, 20)[0].mean().item() == pytest.approx(w.mean().item(), rel=1e-3)
 
 
 @torch.no_grad()
