@@ -33,7 +33,7 @@ out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one
 batch_size = 32  # clips at a time; does not change the result
 steps = 0  # sampler steps; 0 is 64, or those that a distilled student has
-sampler = "auto"  # auto (dpmpp_sde; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
+sampler = "auto"  # auto (dpmpp_sde; dpmpp where a part is known; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
 spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
 noise_until = 0.0  # of dpmpp_sde: log-SNR up to which steps add noise; beyond it they are those of dpmpp
@@ -187,11 +187,12 @@ def encode(denoise, x, grid):
     return latent
 
 
-def make_step(c):
-    """The sampler's step function with its options."""
+def make_step(c, known=False):
+    """The sampler's step function with its options; auto is dpmpp for a clip of which a part is known, else dpmpp_sde."""
+    name = ("dpmpp" if known else "dpmpp_sde") if c.sampler == "auto" else c.sampler
     options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "dpmpp_sde": {"until": c.noise_until}, "heun": {"churn": c.churn}}
     options |= {name: {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {}) for name in ("pc", "langevin")}
-    return partial(diffusion.SAMPLERS[c.sampler], **options.get(c.sampler, {}))
+    return partial(diffusion.SAMPLERS[name], **options.get(name, {}))
 
 
 def make_grid(c, settings, meta):
@@ -659,13 +660,13 @@ def main(argv=None):
         own = int(settings.distill_steps)
         require(c.steps in (0, own) and c.sampler in ("auto", "ddim") and c.eta == 0 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
                 f"{out}/ckpt.pt is a student of {own} ddim steps and knows no others: leave --steps, --sampler, --eta and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
-    c.steps, c.sampler = c.steps or (own if settings.distill else 64), ("ddim" if settings.distill else "dpmpp_sde") if c.sampler == "auto" else c.sampler
+    c.steps, c.sampler = c.steps or (own if settings.distill else 64), "ddim" if settings.distill else c.sampler
     network = train.build(checkpoint, device)
     require(not c.exact or settings.dataset in ("climate", "gaussian"), f"--exact=true knows the law of climate and gaussian alone, not of {settings.dataset}")
     network.checkpoint_activations = c.checkpoint_activations
     law = data.latent_modes(settings.frames, settings.size) if c.exact else None
     grid = make_grid(c, settings, meta | {"modes": law[0][law[0] > 0]} if c.exact else meta)
-    step, problem = make_step(c), pose(c, settings, meta)
+    problem = pose(c, settings, meta)
     if c.exact:  # the latent field on the box twice as wide, of which nothing is known
         problem.y = problem.mask = torch.zeros(1, 1, settings.frames, 2 * settings.size, 2 * settings.size).expand(c.num_samples, -1, -1, -1, -1)
         exact = exact_denoiser(*(a.to(device) for a in law))
@@ -715,7 +716,7 @@ def main(argv=None):
                 else:  # at the first level the mean of the field, given what is known, shows already
                     z, level = torch.zeros_like(known.lift(known.y)), grid[:1].expand(len(rows))
                     z = diffusion.diffuse(denoise(z, level.to(device)), level, noise(z))
-                for z, _ in diffusion.sample(denoise, z, grid, step, noise):
+                for z, _ in diffusion.sample(denoise, z, grid, make_step(c, bool(known.mask.any())), noise):
                     bar.update(len(indices))
                 if not c.obs_std:
                     z = known.project(z)
@@ -757,7 +758,7 @@ def main(argv=None):
     lead = (np.arange(x.shape[2]) - problem.reference) * meta["step_hours"]
 
     command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
-    history = f"{command}: {c.sampler}, {c.steps} steps, {out}/ckpt.pt at step {checkpoint['step']}"
+    history = f"{command}: sampler {c.sampler}, {c.steps} steps, {out}/ckpt.pt at step {checkpoint['step']}"
     ensemble = x.reshape(-1, c.members, *x.shape[1:])  # (R, M, C, L, H, W)
     given = bool(problem.mask.any())
     written = data.write_samples(folder, ensemble if given else x, meta, history, lead, problem.hours[:, problem.reference] if given else None)
@@ -772,7 +773,7 @@ def main(argv=None):
         clip = pose(SimpleNamespace(**{**vars(c), "task": "edit", "num_samples": 1, "members": 1, "length": 0, "frames": 0, "input": ""}), settings, meta)
         blank = diffusion.Observation(clip.y.to(device), clip.mask.to(device))
         denoise, x_0 = guided(c, run, settings, meta, blank, None), data.normalise(clip.truth, meta["transform"])[0].to(device)
-        theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), step, generators(c.seed, [0]), meta)
+        theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), make_step(c), generators(c.seed, [0]), meta)
         written.append("theory.png")
     if c.verify and c.task in ("generate", *GIVEN, "extend", "loop", "edit"):
         written += verify(c, settings, meta, problem, x, ensemble, lead, folder)

@@ -430,7 +430,6 @@ def test_noise_is_added_until_it_is_not():
     grid, denoise, drawn = torch.linspace(-2, 2, 9, dtype=torch.float64), gaussian_denoiser(f64([0.3, 30.0])), []
     noise = lambda z: drawn.append(z) or torch.ones_like(z)
     c = train.configure(sample.__file__, ["--noise_until=0.5"], sample.CHOICES)
-    c.sampler = "dpmpp_sde"
     z = torch.full((1, 2), 0.7, dtype=torch.float64)
     steps = [(z, None), *D.sample(denoise, z, grid, sample.make_step(c), noise)]
     assert len(drawn) == 5  # from -2, -1.5, -1, -0.5 and 0
@@ -438,6 +437,8 @@ def test_noise_is_added_until_it_is_not():
         memory = (steps[i][1], grid[i - 1]) if i else None
         expected = D.multistep(denoise, steps[i][0], t, s, torch.ones_like, memory, eta=float(i < 5))[0]
         torch.testing.assert_close(steps[i + 1][0], expected, rtol=0, atol=0)
+    *_, (z, _) = D.sample(denoise, z, grid, sample.make_step(c, known=True), noise)
+    assert len(drawn) == 5  # and none where a part is known
 
 
 @slow
