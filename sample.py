@@ -94,6 +94,7 @@ def check(c):
         ("frames", 0, "task", ("generate", *GIVEN, "extend", "loop")), ("known", 2, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
     ):  # fmt: skip
         require(getattr(c, name) == default or getattr(c, key) in owners, f"--{name} belongs to --{key}={' or '.join(owners)}, not {getattr(c, key)}")
+    require(c.noise_until == 0 or c.sampler == "dpmpp_sde" or c.task not in GIVEN, f"--noise_until means nothing for --task={c.task}, whose sampler adds no noise where a part is known: use --sampler=dpmpp_sde")
     for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("steps", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
         require(getattr(c, name) >= least, f"--{name}={getattr(c, name)} must be at least {least}")
     require(c.num_samples % c.members == 0, f"--num_samples={c.num_samples} must be a multiple of --members={c.members}")
@@ -658,8 +659,8 @@ def main(argv=None):
     settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
     if settings.distill:
         own = int(settings.distill_steps)
-        require(c.steps in (0, own) and c.sampler in ("auto", "ddim") and c.eta == 0 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
-                f"{out}/ckpt.pt is a student of {own} ddim steps and knows no others: leave --steps, --sampler, --eta and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
+        require(c.steps in (0, own) and c.sampler in ("auto", "ddim") and c.eta == c.noise_until == 0 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
+                f"{out}/ckpt.pt is a student of {own} ddim steps and knows no others: leave --steps, --sampler, --eta, --noise_until and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
     c.steps, c.sampler = c.steps or (own if settings.distill else 64), "ddim" if settings.distill else c.sampler
     network = train.build(checkpoint, device)
     require(not c.exact or settings.dataset in ("climate", "gaussian"), f"--exact=true knows the law of climate and gaussian alone, not of {settings.dataset}")
