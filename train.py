@@ -79,7 +79,7 @@ logsnr_min = -30.0  # truncation of the schedule: pure noise
 logsnr_max = 30.0  # truncation of the schedule: data
 shift = 1.0  # adds 2 log(shift) to the log-SNR of cosine, linear, flow, normal; below 1 trains more on noise (large fields)
 weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, sigmoid, elbo
-average_targets = True  # the target is the mean of the batch's clips, each as likely as the noisy clip makes it: the same expectation, less variance
+average_targets = True  # the target of a clip that is told nothing is the mean of the batch's clips, each as likely as the noisy clip makes it: the same expectation, less variance
 loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
 batch_size = 32  # clips per micro-batch
@@ -445,9 +445,11 @@ def ahead(f, keys, background):
 
 
 def average_targets(b):
-    """A batch with the same z and targets of less variance (diffusion.batch_posterior), where clips differ in nothing but x."""
-    if b.cond is None and b.mask is None and b.mix is None:
-        b = retarget(b, diffusion.batch_posterior(b.x, diffusion.diffuse(b.x, b.logsnr, b.eps), b.logsnr))
+    """A batch with the same z and targets of less variance (diffusion.batch_posterior) for the clips that are told nothing."""
+    if b.mask is None and b.mix is None:
+        average = diffusion.batch_posterior(b.x, diffusion.diffuse(b.x, b.logsnr, b.eps), b.logsnr)
+        told = b.x.new_zeros(len(b.x)) if b.cond is None else (b.cond != 0).flatten(1).any(1)
+        b = retarget(b, torch.where(diffusion.expand(told, b.x) > 0, b.x, average))
     return b
 
 
