@@ -382,22 +382,23 @@ def runs(climate, frames):
     return starts[crossed[starts + frames - 1] == crossed[starts]]
 
 
-def split_windows(climate, frames):
-    """Starts of all clips of consecutive frames within one block, (train, test): every fifth block is test data."""
-    N = len(climate)
+def split_windows(climate, frames, length=None):
+    """Starts of all clips of consecutive frames, (train, test): every fifth block is test data, no clip is partly in one.
+
+    frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if another.
+    """
+    N, length = len(climate), length or frames
     if N < 2 * frames:
         raise InputError(f"the dataset has {N} frames; clips of --frames={frames} need at least {2 * frames}")
-    starts = runs(climate, frames)
-    block = climate.block or max(N // min(max(N // (4 * frames), 5), 50), frames)
-    if block < frames:
-        raise InputError(f"--frames={frames} is longer than a block of {block} consecutive frames")
-    starts = starts[starts // block == (starts + frames - 1) // block]
-    blocks = max(N // block, 1)
-    number = starts // block
-    test = number % 5 == 4 if blocks >= 5 else number == number.max(initial=0)
-    train, test = starts[~test], starts[test]
+    block = climate.block or max(N // min(max(N // (3 * frames), 5), 50), frames)
+    blocks = N // block
+    number = np.minimum(np.arange(N) // block, blocks - 1)
+    held_out = number % 5 == 4 if blocks >= 5 else number == blocks - 1
+    starts, before = runs(climate, length), np.concatenate([[0], np.cumsum(held_out)])  # held-out frames before each
+    inside = before[starts + length] - before[starts]
+    train, test = starts[inside == 0], starts[inside == length]
     if not len(train) or not len(test):
-        raise InputError(f"no clips of --frames={frames} consecutive frames for both training and test: too many gaps or too few frames")
+        raise InputError(f"training or test data have no {length} consecutive frames: too many gaps, or fewer frames than that in a block of {block}")
     return train, test
 
 

@@ -125,7 +125,7 @@ def pose(c, settings, meta):
         same = record.names == meta["names"] or (c.input.endswith(".npy") and len(record.names) == len(meta["names"]))  # .npy has no names
         require(same and fine, f"--input={c.input} has variables {record.names} on a grid {record.size}; the checkpoint needs {meta['names']} on {size}")
         n = {"extend": T, "loop": T, "bridge": K}.get(c.task, L)  # frames to read of every clip
-        starts = data.runs(record, n) if c.input else data.split_windows(record, max(n, settings.frames))[1]
+        starts = data.runs(record, n) if c.input else data.split_windows(record, settings.frames, max(n, settings.frames))[1]
         if not len(starts) and c.task in ("forecast", "hindcast"):  # only the known frames: nothing to verify with
             n, starts = K, data.runs(record, K)
         require(len(starts), f"--input={c.input} has no {n} consecutive frames")
@@ -301,9 +301,20 @@ def picture_rows(x, problem, members, channel, count=6):
     return rows
 
 
+def unit_of_time(meta):
+    """(name, sign, hours) of the unit in which pictures tell time: the largest that a step of the data fills."""
+    return next(u for u in (("days", "d", 24.0), ("hours", "h", 1.0), ("minutes", "min", 1 / 60)) if meta["step_hours"] >= u[2] or u[1] == "min")
+
+
+def spectra_axes(meta):
+    """(curve, what its frequencies, cycles per cell or step, are divided by, label) of the two spectra."""
+    unit, _, hours = unit_of_time(meta)
+    return ("spatial_power", 1, "cycles per cell"), ("temporal_power", meta["step_hours"] / hours, f"cycles per {unit[:-1]}")
+
+
 def contact_sheet(path, rows, meta, channel, lead):
     """Rows of picture_rows down, at most 12 frames across, one colour scale; known frames are framed. lead (T,) hours."""
-    attrs, floor = meta["attrs"][channel], meta["transform"][channel]["floor"]
+    attrs, floor, (_, sign, hours) = meta["attrs"][channel], meta["transform"][channel]["floor"], unit_of_time(meta)
     chosen = np.unique(np.linspace(0, len(lead) - 1, min(len(lead), 12)).astype(int))
     H, W = rows[0][1].shape[-2:]
     scale, factor = scale_of(np.stack([x for _, x, _ in rows]), floor), max(1, round(104 / max(H, W)))
@@ -312,7 +323,7 @@ def contact_sheet(path, rows, meta, channel, lead):
     draw = ImageDraw.Draw(image)
     draw.text((left, 6), f"{attrs.get('long_name', meta['names'][channel])}: generated clips" + (", framed where known" if any(k.any() for *_, k in rows) else ""), INK, font(14))
     for k, t in enumerate(chosen):
-        draw.text((left + k * (w + gap) + w / 2, top - 6), f"{lead[t]:+g} h", INK, font(11), anchor="ms")
+        draw.text((left + k * (w + gap) + w / 2, top - 6), f"{lead[t] / hours:+.3g} {sign}", INK, font(11), anchor="ms")
     for i, (label, x, known) in enumerate(rows):
         draw.text((left - 8, top + i * (h + gap) + h / 2), label, INK, font(11), anchor="rm")
         for k, t in enumerate(chosen):
@@ -439,9 +450,10 @@ def verification_picture(path, result, meta, channel):
     reference = np.array(q["exact" if law else "held_out"])
     panel(1, f"quantiles, {units}, 0 to 0.999998", f"{'exact law' if law else 'held-out'}, {units}", reference, q)
     panel(2, f"maximum of a clip, {units}", "return period, clips", np.array(curves["returns"]["clips"]), curves["returns"], logx=True)
-    for i, (k, x, label) in enumerate((("spatial_power", 1, "cycles per cell"), ("temporal_power", meta["step_hours"], "cycles per hour"))):
+    for i, (k, x, label) in enumerate(spectra_axes(meta)):
         panel(3 + i, f"{data.POWERS[k]}, {f'({units})' if ' ' in units else units}^2", label, np.array(curves[k]["frequency"]) / x, curves[k], True, True)
-    panel(5, "autocorrelation", "lag, hours", np.arange(len(curves["autocorrelation"]["samples"])) * meta["step_hours"], curves["autocorrelation"])
+    unit, _, hours = unit_of_time(meta)
+    panel(5, "autocorrelation", f"lag, {unit}", np.arange(len(curves["autocorrelation"]["samples"])) * meta["step_hours"] / hours, curves["autocorrelation"])
     field = lambda a: oriented(np.array(a, dtype=float), meta)
     maps, bias = [field(result["mean_map"][k]) for k in ("samples", "reference")], field(result["bias_map"])
     scale = (0.0, float(np.nanmax(maps)) or 1.0, RAIN, 1.0) if floor == 0 else scale_of(np.array(maps), floor)
@@ -455,22 +467,23 @@ def verification_picture(path, result, meta, channel):
 
 def ensemble_picture(path, r, curves, meta, channel):
     """Scores by frame and rank histogram of data.verify_ensemble, quantiles and spectra of the generated part by data.compare."""
-    attrs, lead, one = meta["attrs"][channel], r["lead_hours"], len(r["lead_hours"]) == 1
+    attrs, (unit, _, hours), one = meta["attrs"][channel], unit_of_time(meta), len(r["lead_hours"]) == 1
+    lead, when = np.divide(r["lead_hours"], hours), f"lead time, {unit}"
     units = attrs.get("units", "1")
     image = Image.new("RGB", (1200, 715), "white")
     box = lambda i: (i % 3 * 400, i // 3 * 335 + 40, i % 3 * 400 + 392, i // 3 * 335 + 365)
     text = f"{attrs.get('long_name', meta['names'][channel])}: {r['members']} members, {r['conditions']} conditions; what was generated (red) and what then came (black)"
     ImageDraw.Draw(image).text((12, 8), text, INK, font(14))
     scores = [("ensemble", r["crps"])] + [(k[5:], v) for k, v in r.items() if k.startswith("crps_")]
-    plot(image, box(0), f"CRPS, {units}", "lead time, hours", [(name, lead, v, colour, one) for (name, v), colour in zip(scores, (SECOND, LAW, FIRST))])
+    plot(image, box(0), f"CRPS, {units}", when, [(name, lead, v, colour, one) for (name, v), colour in zip(scores, (SECOND, LAW, FIRST))])
     if r["members"] > 1:
-        plot(image, box(1), f"spread and error, {units}", "lead time, hours", [("spread", lead, r["spread"], SECOND, one), ("RMSE of the mean", lead, r["rmse"], FIRST, one)])
+        plot(image, box(1), f"spread and error, {units}", when, [("spread", lead, r["spread"], SECOND, one), ("RMSE of the mean", lead, r["rmse"], FIRST, one)])
         share = np.array(r["rank_histogram"]) * (r["members"] + 1)
         flat = [("calibrated", np.arange(len(share)), 0 * share + 1, FIRST, False), ("", [0, 0], [0, 2], (255, 255, 255), False)]  # from 0 to 2 at least
         plot(image, box(2), "share of each rank, times members + 1", "rank of the truth", [*flat, ("", np.arange(len(share)), share, SECOND, True)])
     q = curves["quantiles"]
     plot(image, box(3), f"quantiles, {units}", f"truth, {units}", [("truth", q["held_out"], q["held_out"], FIRST, False), ("generated", q["held_out"], q["samples"], SECOND, True)])
-    for i, (k, x, label) in enumerate((("spatial_power", 1, "cycles per cell"), ("temporal_power", meta["step_hours"], "cycles per hour"))):
+    for i, (k, x, label) in enumerate(spectra_axes(meta)):
         f = np.array(curves[k]["frequency"]) / x
         plot(image, box(4 + i), data.POWERS[k], label, [("truth", f, curves[k]["held_out"], FIRST, False), ("generated", f, curves[k]["samples"], SECOND, True)], True, True)
     with data.replacing(path) as f:

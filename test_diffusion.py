@@ -860,7 +860,12 @@ def test_windows_stay_within_blocks_and_gaps():
     assert 38 not in train_starts and 38 not in test and 73 not in test  # 38..42 crosses a gap
     months = np.cumsum([0] + [31, 28, 31, 30, 31, 30] * 10) * 24.0  # months of 28 to 31 days are no gaps
     c = data.Climate([[np.zeros((61, 2, 2), np.float32)]], months, ["a"], [{}])
-    assert len(np.concatenate(data.split_windows(c, 3))) == 5 * (12 - 2)
+    training, test = data.split_windows(c, 3)  # six blocks of ten months, the last month in the sixth: 40..49 are test data
+    assert training.tolist() == [*range(38), *range(50, 59)] and test.tolist() == [*range(40, 48)]
+    training, test = data.split_windows(c, 3, 7)  # longer clips are cut from the same blocks: test data stay unseen
+    assert training.tolist() == [*range(34), *range(50, 55)] and test.tolist() == [*range(40, 44)]
+    with pytest.raises(data.InputError, match="no 11 consecutive frames"):
+        data.split_windows(c, 3, 11)
     with pytest.raises(data.InputError, match="at least"):
         data.split_windows(c, 31)
 
@@ -2018,6 +2023,13 @@ def test_samples_go_on_where_they_stopped(field, tmp_path):
     assert marks == {"same": True, "other": False}
 
 
+@pytest.mark.parametrize("step, sign, frequency", [(1 / 12, "min", 0.1), (0.5, "min", 1 / 60), (1.0, "h", 0.5), (6.0, "h", 1 / 12), (24.0, "d", 0.5), (730.5, "d", 12 / 730.5)])
+def test_pictures_tell_time_in_a_unit_of_its_own(step, sign, frequency):
+    assert sample.unit_of_time({"step_hours": step})[1] == sign
+    *_, (_, divide, label) = sample.spectra_axes({"step_hours": step})
+    assert 0.5 / divide == pytest.approx(frequency) and label == f"cycles per {dict(min='minute', h='hour', d='day')[sign]}"  # two steps a cycle
+
+
 def test_pictures_have_north_up():
     x = np.arange(6.0).reshape(3, 2)
     meta = lambda y: {"dims": ["y", "x"], "coords": {"y": {"values": y}}}
@@ -2163,7 +2175,7 @@ def bad(script, line, message):
     bad(sample, "--out_dir=ok --task=forecast --known=4", "leaves nothing"), bad(sample, "--out_dir=ok --task=superres --factor=4", "does not divide"), bad(sample, "--out_dir=ok --method=trained", "--condition=known"), bad(sample, "--members=2", "belongs to"),
     bad(sample, "--task=forecast --members=3", "multiple of"), bad(sample, "--every=3", "belongs to"), bad(sample, "--task=superres --known=3", "belongs to"), bad(sample, "--out_dir=ok --method=imputation --task=forecast --obs_std=0.1", "belongs to"), bad(sample, "--out_dir=ok --task=extend --length=3", "less than a window"), bad(sample, "--out_dir=ok --task=loop --known=1 --length=4", "at least 6"),
     bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
-    bad(sample, "--out_dir=ok --guidance_scale=2", "needs a checkpoint"), bad(sample, "--out_dir=ok --task=forecast --length=99", "at least 198"),
+    bad(sample, "--out_dir=ok --guidance_scale=2", "needs a checkpoint"), bad(sample, "--out_dir=ok --task=forecast --length=99", "no 99 consecutive frames"),
     bad(train, "--dataset=good.npy --frames=4 --condition=hour", "calendar"), bad(train, "--dataset=good.npy --frames=4 --condition=hill", "is not one of known"), bad(train, "--image_share=1", "[0, 1)"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_changes_nothing(script, args, message, bad_files, capsys, monkeypatch):
