@@ -242,8 +242,8 @@ def which_dim(ds, dim, axis, names):
     return attrs.get("axis") == axis or attrs.get("standard_name") in names or dim.lower() in names
 
 
-def read_xarray(path, variables):
-    """NetCDF or Zarr by xarray: CF names and attributes, packed integers, any calendar; decoded lazily."""
+def read_xarray(path, variables, memory=2**30):
+    """NetCDF or Zarr by xarray: CF names and attributes, packed integers, any calendar; up to so many bytes are held."""
     try:
         import xarray as xr
     except ImportError:
@@ -283,7 +283,7 @@ def read_xarray(path, variables):
             import cftime
 
             calendar = t[0].calendar
-            hours = np.asarray(cftime.date2num(t, "hours since 1850-01-01", calendar=calendar), np.float64)
+            hours = np.asarray(cftime.date2num(t, hours_since(calendar), calendar=calendar), np.float64)
         else:
             hours = t.astype(np.float64)
     coords = {}
@@ -295,12 +295,17 @@ def read_xarray(path, variables):
         if name not in variables and v.dtype.kind in "fiu" and set(v.dims) in ({tdim}, {ydim, xdim}):
             extras[name] = v.transpose(*[d for d in (tdim, ydim, xdim) if d in v.dims]).values
     attrs = [plain(f.attrs) for f in fields]
-    fits = sum(f.size for f in fields) * 4 < 2**30  # small enough to hold; larger ones are read window by window
+    fits = sum(f.size for f in fields) * 4 < memory  # larger ones are read window by window
     try:
         arrays = [f.values if fits else f for f in fields]
     except Exception as e:
         raise InputError(f"cannot read {path}: its data are damaged ({type(e).__name__})")
     return Climate([arrays], hours, list(variables), attrs, (ydim, xdim), coords, calendar, extras=extras)
+
+
+def hours_since(calendar):
+    """Units of Climate.hours: numpy's epoch for its calendar, for others one within the years that models write."""
+    return f"hours since {1970 if calendar == 'standard' else 1850}-01-01"
 
 
 def plain(attrs):
@@ -333,7 +338,10 @@ def read_numpy(path, variables):
     hours = axis(TIME_NAMES, n)
     if hours is not None and hours.dtype.kind == "M":
         hours = hours.astype("datetime64[s]").astype(np.float64) / 3600
-    coords = {d: {"dims": [d], "values": np.array(v, np.float64), "attrs": {}} for d, v in (("y", axis(Y_NAMES, H)), ("x", axis(X_NAMES, W))) if v is not None}
+    coords, degrees = {}, {k.lower() for k in arrays} & {"lat", "latitude", "lon", "longitude"}
+    for d, v, unit in (("y", axis(Y_NAMES, H), "degrees_north"), ("x", axis(X_NAMES, W), "degrees_east")):
+        if v is not None:
+            coords[d] = {"dims": [d], "values": np.array(v, np.float64), "attrs": {"units": unit} if degrees else {}}
     extras = {k: a for k, a in arrays.items() if a.shape in ((n,), (H, W)) and a.dtype.kind in "fiu"}
     return Climate([[fields[k] for k in names]], np.arange(n) if hours is None else hours, names, [{} for _ in names], ("y", "x"), coords, "none", extras=extras)
 
@@ -346,17 +354,17 @@ def open_climate(dataset, variables="", size=32, seed=0):
     if not path.exists():
         raise InputError(f"dataset '{dataset}' is neither climate, gaussian nor an existing file or folder")
     is_zarr = lambda p: p.is_dir() and any((p / f).exists() for f in ("zarr.json", ".zgroup", ".zmetadata"))
-    read = lambda p: read_numpy(p, wanted) if p.suffix in (".npy", ".npz") else read_xarray(p, wanted)
+    read = lambda p, files=1: read_numpy(p, wanted) if p.suffix in (".npy", ".npz") else read_xarray(p, wanted, 2**30 / files)
     if not path.is_dir() or is_zarr(path):
         return read(path)
     known = (".npy", ".npz", ".nc", ".nc4", ".cdf", ".h5")
     files = sorted(p for p in path.iterdir() if p.suffix in known or is_zarr(p))
     if not files:
         raise InputError(f"folder {dataset} holds no {', '.join(known)} or Zarr data")
-    parts = [read(p) for p in files]
+    parts = [read(p, len(files)) for p in files]
     first = parts[0]
     for p, f in zip(parts, files):
-        same = {k: np.asarray(c["values"]).tolist() for k, c in p.coords.items()} == {k: np.asarray(c["values"]).tolist() for k, c in first.coords.items()}
+        same = p.coords.keys() == first.coords.keys() and all(np.array_equal(c["values"], first.coords[k]["values"], equal_nan=True) for k, c in p.coords.items())
         if p.size != first.size or len(p.names) != len(first.names) or not same or p.calendar != first.calendar or (f.suffix != ".npy" and p.names != first.names):
             raise InputError(f"{f} has another grid, calendar or other variables than {files[0]}; a folder is one record in time, all variables in every file")
     if first.calendar == "none" and all(p.hours[0] == 0 for p in parts):  # no times: one file a run of its own
@@ -417,6 +425,14 @@ def apart(starts, frames):
     return np.array(chosen)
 
 
+def spread(index, count):
+    """At most so many of an index, in order: one at random of each of as many equal stretches, for a fixed stride would
+    see a daily cycle at the same hours only."""
+    if len(index) <= count:
+        return index
+    return index[((np.arange(count) + np.random.default_rng(0).random(count)) * len(index) / count).astype(int)]
+
+
 def pick(starts, seed, step, count):
     """`count` clip starts for one batch: a function of (seed, step) alone."""
     return starts[np.random.default_rng([seed, *np.atleast_1d(step)]).integers(0, len(starts), count)]
@@ -427,15 +443,24 @@ def clips(climate, starts, frames):
     return np.stack([climate.frames(s, s + frames) for s in starts])
 
 
-def windows(length, frames, overlap, circular=False, reverse=False):
-    """Frame numbers of the clips that cover a sequence one after the other, each beginning with `overlap` earlier frames.
+def windows(length, frames, overlap, known=(), circular=False, reverse=False):
+    """The clips that cover a sequence one after the other: [(frame numbers (frames,), which of them to keep (frames,))].
 
-    circular: the last one ends with the first `overlap` frames; reverse: from the end backwards. A list of (frames,).
+    Each begins with `overlap` frames kept from the one before and draws the rest, what that drew beyond them again: so the
+    last one sees both of its ends. known: frame numbers given from the start; a clip that does not reach the next of them
+    is kept up to the last it sees. circular: the last one ends with the first `overlap` frames; reverse: from the end back.
     """
-    frames = min(frames, length)
-    last = length + (overlap if circular else 0) - frames
-    starts = [*range(0, last, frames - overlap), last]
-    return [length - 1 - (s + np.arange(frames))[::-1] if reverse else (s + np.arange(frames)) % length for s in starts]
+    frames, total = min(frames, length), length + (overlap if circular else 0)
+    known = sorted(length - 1 - k for k in known) if reverse else known
+    starts = [0]
+    while starts[-1] + frames < total:
+        start, end = starts[-1], starts[-1] + frames
+        seen = [k for k in known if start + overlap <= k < end]
+        keep_to = seen[-1] + 1 if seen and known[-1] >= end else end
+        starts.append(min(keep_to - overlap, total - frames))
+    kept = [after - start + overlap for start, after in zip(starts, starts[1:])] + [frames]
+    plan = [((s + np.arange(frames)) % length, np.arange(frames) < n) for s, n in zip(starts, kept)]
+    return [(length - 1 - w[::-1], k[::-1].copy()) for w, k in plan] if reverse else plan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -500,9 +525,9 @@ def fit_conditions(climate, names, index):
     return fitted
 
 
-def condition_values(climate, fitted, index, hours=None):
+def condition_values(climate, fitted, index, hours=None, size=None):
     """Channels (B, 1 + K, T, H, W) of the conditions at frames index (B, T), the first is 1: told. hours (B, T) where they
-    run past the record, of which the series then keep their last value."""
+    run past the record, of which the series then keep their last value; size: (H, W) if not the record's."""
     hours, index = climate.hours[index] if hours is None else hours, np.minimum(index, len(climate) - 1)
     channels, everywhere = [np.ones((1, 1, 1, 1))], lambda v: v[..., None, None]  # each (B, T, H, W), or 1 for any of them
     for f in fitted:
@@ -516,7 +541,7 @@ def condition_values(climate, fitted, index, hours=None):
         else:
             v = np.nan_to_num((np.asarray(climate.extras[f["name"]], np.float32) - f["mean"]) / f["std"])
             channels.append(everywhere(v[index]) if v.ndim == 1 else v[None, None])
-    return torch.from_numpy(np.stack([np.broadcast_to(v, (*index.shape, *climate.size)) for v in channels], 1).astype(np.float32))
+    return torch.from_numpy(np.stack([np.broadcast_to(v, (*index.shape, *(size or climate.size))) for v in channels], 1).astype(np.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -670,18 +695,19 @@ TRANSFORMS = {  # fit(x, floor) -> f of plain values and tensors; g(x, f), its i
 
 
 def fit_transform(climate, train_starts, frames, names):
-    """One plain dict per variable, fitted on the training clips alone (at most about 4e6 values of each, evenly spaced).
+    """One plain dict per variable, fitted on the training clips alone (at most about 4e6 values of each).
 
     names: one name for all variables or one each, comma-separated; 'auto' is cbrt for a variable with floor 0, else
-    none. A variable has a floor (rain: 0) if over 5 % of its values equal its minimum: what is written never lies below.
+    none. A variable has a floor (rain: 0) if over 5 % of its values equal its minimum: what is written never lies below,
+    and up to `drizzle` above it, the power of ten nearest to a tenth of the mean, counts as dry.
     """
     names = [n.strip() for n in names.split(",")]
     names = names * len(climate.names) if len(names) == 1 else names
     if len(names) != len(climate.names):
         raise InputError(f"--transform names {len(names)} transforms for {len(climate.names)} variables ({', '.join(climate.names)})")
     index = covered_frames(train_starts, frames)
-    stride = max(1, int(len(index) * np.prod(climate.size) / 4e6))
-    sample = np.concatenate([climate.frames(i, i + 1) for i in index[::stride]], 1)  # (C, n, H, W)
+    index = spread(index, max(1, int(4e6 / np.prod(climate.size))))
+    sample = np.concatenate([climate.frames(i, i + 1) for i in index], 1)  # (C, n, H, W)
     fitted = []
     for name, variable, x in zip(names, climate.names, sample):
         if name not in ("auto", *TRANSFORMS):
@@ -699,7 +725,8 @@ def fit_transform(climate, train_starts, frames, names):
         y = g(x, f)
         mean, std = float(y.mean()), float(y.std())
         low, high = float((y.min() - mean) / std), float((y.max() - mean) / std)  # range of the standardised values
-        fitted.append({**f, "mean": mean, "std": std, "low": low, "high": high})
+        drizzle = 0.0 if floor is None else 10.0 ** round(math.log10((x.mean() - floor) / 10))
+        fitted.append({**f, "mean": mean, "std": std, "low": low, "high": high, "drizzle": drizzle})
     return fitted
 
 
@@ -736,11 +763,10 @@ def log_slope(x, transform):
 def valid_cells(climate, index):
     """Where a cell ever has data in the given frames, (C, 1, H, W) float32, and whether any value is missing.
 
-    Looks at all frames up to 1 GiB of them, at evenly spread ones of a larger record.
+    Looks at all frames up to 1 GiB of them, at some of a larger record.
     """
-    look = index[:: math.ceil(len(index) * len(climate.names) * math.prod(climate.size) / 2**28)]
     ever, complete = False, True
-    for i in look:
+    for i in spread(index, max(1, 2**28 // (len(climate.names) * math.prod(climate.size)))):
         finite = np.isfinite(climate.frames(i, i + 1))
         ever, complete = ever | finite, complete and finite.all()
     return ever.astype(np.float32), not complete
@@ -757,7 +783,7 @@ RESAMPLES = 400  # of the bootstrap
 def latitude_weights(coords, dims):
     """Area of a cell by row, (H,), where y is a latitude; else None."""
     c = coords.get(dims[0])
-    if c is None or len(c["dims"]) != 1 or not str(c["attrs"].get("units", "")).startswith("degree"):
+    if c is None or len(c["dims"]) != 1 or not (str(c["attrs"].get("units", "")).startswith("degree") or dims[0].lower() in ("lat", "latitude")):
         return None
     return np.cos(np.deg2rad(np.asarray(c["values"], np.float64))).clip(0)
 
@@ -829,23 +855,30 @@ def statistics(S, edges, centre):
         }  # fmt: skip
 
 
-def blockwise(x, count, f):
-    """f of consecutive blocks of x along its first dimension, stacked: {name: (count, ...)}."""
-    at = np.linspace(0, len(x), count + 1).astype(int)
-    parts = [f(x[i:j]) for i, j in zip(at, at[1:])]
-    return {k: np.array([p[k] for p in parts], np.float64) for k in parts[0]}
+def few(n):
+    """Blocks of n clips of one record, which are not independent: about sqrt(n) clips long, at least 10, at most 100."""
+    return min(n, max(round(math.sqrt(n)), 10), 100)
 
 
-def resample(blocks, rng=None):
-    """Sums over blocks drawn with replacement (bootstrap); without rng, over every block once."""
-    G = len(next(iter(blocks.values())))
-    w = np.ones(G) if rng is None else rng.multinomial(G, np.full(G, 1 / G)).astype(np.float64)
-    return {k: np.tensordot(w, v, 1) for k, v in blocks.items()}
+def bootstrap(samples, truth, sums, groups=None, paired=False):
+    """Sums over samples and over true clips, by blocks: (draw, the least number of blocks).
 
+    draw() -> [{name: sum} of samples, of truth]; draw(rng): over blocks drawn with replacement. Samples are independent, or
+    `groups` runs of them are: a sequence cut in pieces, the members of one condition. Held-out clips are not: see `few`.
+    paired: group i was made of, or for, truth[i]: the two are drawn together.
+    """
+    groups = groups or len(samples)
+    counts, blocks = [few(groups)] * 2 if paired else [min(groups, 100), few(len(truth))], []
+    for x, n, units in zip((samples, truth), counts, (groups, len(truth))):
+        at = np.linspace(0, units, n + 1).astype(int) * (len(x) // units)
+        parts = [sums(x[i:j]) for i, j in zip(at, at[1:])]
+        blocks.append({k: np.array([p[k] for p in parts], np.float64) for k in parts[0]})
 
-def block_counts(samples, truth):
-    """Blocks of the bootstrap: samples are independent, held-out clips are not: their blocks are about sqrt(N) clips long."""
-    return min(len(samples), 100), min(len(truth), max(round(math.sqrt(len(truth))), 10), 100)
+    def draw(rng=None):
+        weights = [np.ones(n) if rng is None else rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) for n in counts]
+        return [{k: np.tensordot(w, v, 1) for k, v in b.items()} for w, b in zip(weights[:1] * 2 if paired else weights, blocks)]
+
+    return draw, min(counts)
 
 
 def row(unit, error, noise, *values):
@@ -878,14 +911,13 @@ def distances(d, edges, area):
     return out
 
 
-def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, units=""):
+def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, units="", groups=None, paired=False):
     """Statistics of sampled against true clips (N, T, H, W), a dict of plain values for verify.json.
 
     Errors are against the exact law where one is given (rain_law), else against the held-out clips; those of mean,
     quantiles, maxima and the mean map are relative for a variable with a floor (rain) and in units of the true standard
     deviation otherwise (relative errors of kelvins mean nothing). weights: (H,) area of the rows, or None.
-    Sampling errors: samples are independent, held-out clips are not, so they are resampled in blocks of about sqrt(N);
-    fewer than five blocks say nothing of them.
+    Sampling errors by `bootstrap`, which explains groups and paired; fewer than five blocks say nothing of them.
     """
     exact, weights = exact or {}, np.ones(samples.shape[2]) if weights is None else weights
     centre, wet = float(np.nanmean(truth, dtype=np.float64)), math.inf if floor is None else floor + dry
@@ -895,9 +927,8 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
         edges += [np.quantile(a[np.isfinite(a)], [*LEVELS, *normal_cdf(np.linspace(-4.5, 4.5, 181))])]
         edges += [np.quantile(np.where(np.isfinite(a), a, -np.inf).max((1, 2, 3)), 1 - 1 / np.array(RETURNS))]
     edges = np.unique(np.concatenate(edges).astype(samples.dtype))
-    counts = block_counts(samples, truth)
-    blocks = [blockwise(a, n, lambda x: tally(x, edges, wet, weights, centre)) for a, n in zip((samples, truth), counts)]
-    draw = lambda rng=None: [statistics(resample(b, rng), edges, centre) for b in blocks]
+    draw_sums, blocks = bootstrap(samples, truth, lambda x: tally(x, edges, wet, weights, centre), groups, paired)
+    draw = lambda rng=None: [statistics(S, edges, centre) for S in draw_sums(rng)]
     s, t = draw()
     r = t | exact  # what the samples are held against
     wettable = floor is not None
@@ -912,7 +943,7 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
         d = {k: v - D[k] for k, v in differences(a, b | exact, scale).items()}
         bounds.append(distances(d, edges, area))
         noise.append({k: v for k, v in d.items() if k not in ("map", "cdf")})  # a map per draw would be large
-    enough = min(counts) >= 5
+    enough = blocks >= 5
     noise, bounds = ({k: np.where(enough, [n[k] for n in draws], np.nan) for k in draws[0]} for draws in (noise, bounds))
 
     known = lambda k: {name: v[k] for name, v in (("samples", s), ("held_out", t), ("exact", exact)) if k in v}
@@ -946,7 +977,7 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, unit
             "mean_map": {"samples": tidy(s["map"]), "reference": tidy(r["map"])}, "bias_map": tidy(D["map"])}  # fmt: skip
 
 
-def cross_correlations(samples, truth, names, weights=None):
+def cross_correlations(samples, truth, names, weights=None, groups=None, paired=False):
     """Correlation of every pair of variables in the same cell and frame, rows as in `compare`. (N, C, T, H, W) both"""
     weights = np.ones(samples.shape[3]) if weights is None else weights
 
@@ -961,9 +992,9 @@ def cross_correlations(samples, truth, names, weights=None):
         return C / np.sqrt(np.outer(np.diag(C), np.diag(C)))
 
     centre = np.nanmean(truth, (0, 2, 3, 4), keepdims=True, dtype=np.float64)[0]
-    blocks = [blockwise(a, n, products) for a, n in zip((samples, truth), block_counts(samples, truth))]
-    rng, (s, t) = np.random.default_rng(0), [correlation(resample(b)) for b in blocks]
-    noise = np.array([np.subtract(*(correlation(resample(b, rng)) for b in blocks)) - (s - t) for _ in range(RESAMPLES)])
+    draw, _ = bootstrap(samples, truth, products, groups, paired)
+    rng, (s, t) = np.random.default_rng(0), map(correlation, draw())
+    noise = np.array([np.subtract(*map(correlation, draw(rng))) - (s - t) for _ in range(RESAMPLES)])
     return {f"{a} with {b}": row("", s[i, j] - t[i, j], noise[:, i, j], s[i, j], t[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
 
 
@@ -1024,11 +1055,11 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
     if len(ensemble) > 1:
         out["spread"], out["rmse"] = (v.tolist() for v in spread_skill(ensemble, truth, over))
         some = np.isfinite(truth).any((1, 2, 3))
-        chosen = np.random.default_rng(0).integers(0, some.sum(), (1000, some.sum()))  # conditions, drawn again
         for name, f in (("spread_skill", lambda a: a), ("spread_skill_transformed", g)):
             v, e = (a[some] ** 2 for a in spread_skill(f(ensemble), f(truth), (1, 2, 3)))  # (N,)
-            interval = np.quantile(np.sqrt(v[chosen].mean(1) / e[chosen].mean(1)), (0.025, 0.975))
-            out[name] = [math.sqrt(v.mean() / e.mean()), *interval.tolist()]  # with its 95 % interval
+            draw, rng = bootstrap(v, e, lambda a: {"sum": a.sum()}, paired=True)[0], np.random.default_rng(0)
+            ratio = lambda sums: math.sqrt(sums[0]["sum"] / sums[1]["sum"])
+            out[name] = [ratio(draw()), *np.quantile([ratio(draw(rng)) for _ in range(1000)], (0.025, 0.975)).tolist()]  # with its 95 % interval
         out["rank_histogram"] = rank_histogram(*(np.maximum(a, least) for a in (ensemble, truth))).tolist()
     return out
 
@@ -1039,11 +1070,12 @@ def drift(x, joins, frames, floor=None, dry=0.01):
     joins: frames at which a window began to be new; the correlation with the frame before is compared with that elsewhere.
     """
     first, last = x[:, :frames], x[:, -frames:]
+    anomaly = np.where(np.isfinite(x), x - np.nanmean(x), 0.0)
     rows = {"mean": np.nanmean, "standard deviation": np.nanstd, "quantile 0.99": lambda a: np.nanquantile(a, 0.99)}
     if floor is not None:
         rows["wet fraction"] = lambda a: np.mean(a[np.isfinite(a)] > floor + dry)
     out = {name: [float(f(first)), float(f(last))] for name, f in rows.items()}
-    a, b = spatial_spectrum(first)[1], spatial_spectrum(last)[1]
+    a, b = spatial_spectrum(anomaly[:, :frames])[1], spatial_spectrum(anomaly[:, -frames:])[1]
     out |= {f"spatial power, wavenumbers {i * len(a) // 3 + 1} to {(i + 1) * len(a) // 3}": [float(v[i * len(a) // 3 : (i + 1) * len(a) // 3].mean()) for v in (a, b)] for i in range(3)}
     step = (x - np.nanmean(x))[:, 1:], (x - np.nanmean(x))[:, :-1]
     lag1 = np.nanmean(step[0] * step[1], (0, 2, 3)) / np.nanvar(x)  # (L - 1,)
@@ -1086,7 +1118,7 @@ def write_samples(folder, x, meta, history, hours, reference=None):
     if lead:
         attrs = {"standard_name": "forecast_reference_time", "units": "hours"}
         if meta["calendar"] != "none":
-            attrs |= {"units": f"hours since {1970 if meta['calendar'] == 'standard' else 1850}-01-01", "calendar": meta["calendar"]}
+            attrs |= {"units": hours_since(meta["calendar"]), "calendar": meta["calendar"]}
         ds[lead[0]] = (lead[0], reference, attrs)
     with replacing(folder / "samples.nc") as f:
         ds.to_netcdf(f.name, engine="netcdf4", encoding={n: {"_FillValue": np.float32(np.nan), "zlib": True} for n in meta["names"]})

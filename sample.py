@@ -69,7 +69,7 @@ exact = False  # sample the built-in data with the exact denoiser of its latent 
 experiment = ""  # train, sample and compare a table of recipes under out_dir: dissertation, ablation; goes on where it stopped
 train_args = ""  # of experiment: settings of train.py for every recipe, "--size=16 --width=32"
 budget = 1800  # of experiment: training steps of every recipe
-dry = 0.01  # a variable with a floor (rain) is dry up to this much above it, in its units
+dry = 0.0  # a variable with a floor (rain) is dry up to this much above it, in its units; 0 is the power of ten nearest to a tenth of its mean
 # ----------------------------------------------------------------------------------------------------------------------
 
 FRAME_MASKS = {"forecast": "prefix", "hindcast": "suffix", "interpolate": "every", "bridge": "ends"}
@@ -95,7 +95,7 @@ def check(c):
     ):  # fmt: skip
         require(getattr(c, name) == default or getattr(c, key) in owners, f"--{name} belongs to --{key}={' or '.join(owners)}, not {getattr(c, key)}")
     require(c.noise_until == 0 or c.sampler == "dpmpp_sde" or c.task not in GIVEN, f"--noise_until means nothing for --task={c.task}, whose sampler adds no noise where a part is known: use --sampler=dpmpp_sde")
-    for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("steps", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
+    for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("steps", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("dry", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
         require(getattr(c, name) >= least, f"--{name}={getattr(c, name)} must be at least {least}")
     require(c.num_samples % c.members == 0, f"--num_samples={c.num_samples} must be a multiple of --members={c.members}")
     require(not c.exact or (c.task == "generate" and not c.length and not c.frames), "--exact belongs to --task=generate, with the length of the clips trained on")
@@ -107,12 +107,13 @@ def pose(c, settings, meta):
     """What is asked: the known part of each clip to draw, for R = num_samples / members conditions. A namespace of
 
     y, mask (R, C, L, H / factor, W / factor), standardised; factor; truth (R, C, L, H, W) physical, NaN where unknown, or
-    None; windows, the frame numbers of the clips to draw in turn; told (R, K, L, H, W) or None; hours (R, L) of the
-    calendar; reference, the frame that lead times count from.
+    None; windows, the clips to draw in turn (data.windows); told (R, K, L, H, W) or None; hours (R, L) of the calendar;
+    reference, the frame that lead times count from.
     """
     T, R, K, size, record = c.frames or settings.frames, c.num_samples // c.members, c.known, tuple(meta["size"]), None
     L = c.length or {"extend": 4 * T, "loop": 2 * (T - K)}.get(c.task, T)
-    require(K < min(T, L) or c.task not in (*FRAME_MASKS, "extend", "loop"), f"--known={K} leaves nothing of {min(T, L)} frames to draw")
+    require(K < min(T, L) or c.task not in ("forecast", "hindcast", "bridge", "extend", "loop"), f"--known={K} leaves nothing of {min(T, L)} frames to draw")
+    require(K < T or L <= T, f"--known={K} frames handed from window to window of {T} leave nothing to draw")
     require(L >= T or c.task not in ("extend", "loop"), f"--length={L} is less than a window of {T} frames")
     require(c.task != "loop" or L >= 2 * (T - K), f"--length={L}: a loop of windows of {T} frames that share {K} has at least {2 * (T - K)}")
     require(c.task != "bridge" or L > 2 * K, f"--length={L} leaves nothing between {K} frames on either side")
@@ -120,16 +121,31 @@ def pose(c, settings, meta):
     require(not any(n % factor for n in size), f"--factor={factor} does not divide the grid of {size[0]} x {size[1]}")
     clips, start, before = np.full(shape, np.nan, np.float32), np.zeros(R, int), 0  # before: frames ahead of those read
     if c.task in GIVEN or c.task in ("edit", "encode", "morph") or c.input or meta["conditions"]:
-        record = data.open_climate(c.input or settings.dataset, settings.variables, settings.size, settings.seed)
+        record = data.open_climate(c.input, settings.variables) if c.input else train.open_trained(settings, meta)
         fine = list(record.size) == meta["size"] or (c.task == "superres" and [n * factor for n in record.size] == meta["size"])
         same = record.names == meta["names"] or (c.input.endswith(".npy") and len(record.names) == len(meta["names"]))  # .npy has no names
         require(same and fine, f"--input={c.input} has variables {record.names} on a grid {record.size}; the checkpoint needs {meta['names']} on {size}")
+        if c.input:
+            dated = record.calendar != "none"
+            require(record.calendar == meta["calendar"] or not (dated or any("period" in f for f in meta["conditions"])), f"--input={c.input} has calendar {record.calendar}; the checkpoint needs {meta['calendar']}")
+            if not dated and record.step_hours == 1:  # numbers of frames
+                record.hours, record.step_hours = record.hours * meta["step_hours"], meta["step_hours"]
+            require(len(record) < 2 or abs(record.step_hours / meta["step_hours"] - 1) < 0.1, f"--input={c.input} has a frame every {record.step_hours:g} hours; the checkpoint needs one every {meta['step_hours']:g}")
+        if record.size != size and meta["conditions"]:
+            record.extras |= {k: v for k, v in train.open_trained(settings, meta).extras.items() if v.ndim == 2}  # static fields on the fine grid
         n = {"extend": T, "loop": T, "bridge": K}.get(c.task, L)  # frames to read of every clip
         starts = data.runs(record, n) if c.input else data.split_windows(record, settings.frames, max(n, settings.frames))[1]
         if not len(starts) and c.task in ("forecast", "hindcast"):  # only the known frames: nothing to verify with
             n, starts = K, data.runs(record, K)
         require(len(starts), f"--input={c.input} has no {n} consecutive frames")
-        start = starts[np.linspace(0, len(starts) - 1, R + (c.task == "bridge")).astype(int)]
+        if c.task == "inpaint" and c.input:  # clips with a gap
+            gaps = np.cumsum([0, *((np.isnan(record.frames(i, i + 1)) & (meta["valid"].numpy() > 0)).any() for i in range(len(record)))])
+            starts = starts[gaps[starts + n] > gaps[starts]]
+            require(len(starts), f"--input={c.input} has no NaN: nothing is to be filled in")
+        if c.task == "generate":  # what sample i is told depends on (seed, i) alone
+            start = starts[[np.random.default_rng((c.seed, i)).integers(len(starts)) for i in range(R)]]
+        else:
+            start = starts[np.linspace(0, len(starts) - 1, R + (c.task == "bridge")).astype(int)]
         read = data.clips(record, start, n)
         if c.task == "bridge":  # from the end of one clip to the beginning of the next
             clips[:, :, :K], clips[:, :, L - K :], start = read[:-1], read[1:], start[:-1]
@@ -146,15 +162,15 @@ def pose(c, settings, meta):
     mask = mask * torch.from_numpy(known)[:, None, None]
     if c.task == "inpaint" and not c.input:  # for want of a hole, the middle is hidden
         mask[..., size[0] // 4 : -(-3 * size[0] // 4), size[1] // 4 : -(-3 * size[1] // 4)] = 0
-    require(c.task != "inpaint" or bool((mask * meta["valid"] < meta["valid"]).any()), f"--input={c.input} has no NaN: nothing is to be filled in")
     if clips.shape[-2:] == size:  # means of the blocks without a gap
         blocks = diffusion.Observation(y, torch.ones(*shape[:3], size[0] // factor, size[1] // factor), factor)
         y, mask = blocks.A(y), (blocks.A(mask) > 0.999).float()
     hours = (np.arange(L) - before) * meta["step_hours"] + (record.hours[start][:, None] if record else np.zeros((R, 1)))
-    told = data.condition_values(record, meta["conditions"], np.maximum(start[:, None] + np.arange(L) - before, 0), hours) if meta["conditions"] else None
+    told = data.condition_values(record, meta["conditions"], np.maximum(start[:, None] + np.arange(L) - before, 0), hours, size) if meta["conditions"] else None
+    ahead = np.flatnonzero((mask.amax((1, 3, 4)) > 0).all(0))  # frames of which every clip is given something
     return SimpleNamespace(
         y=(y * mask).expand(R, *y.shape[1:]), mask=mask.expand(R, *y.shape[1:]), factor=factor, truth=clips if clips.shape == shape and np.isfinite(clips).any() else None, told=told, hours=hours,
-        windows=data.windows(L, T, K, c.task == "loop", c.reverse or c.task == "hindcast"), reference={"forecast": K - 1, "hindcast": L - K}.get(c.task, 0),
+        calendar=record.calendar if record else "none", windows=data.windows(L, T, K, ahead, c.task == "loop", c.reverse or c.task == "hindcast"), reference={"forecast": K - 1, "hindcast": L - K}.get(c.task, 0),
     )  # fmt: skip
 
 
@@ -689,6 +705,7 @@ def main(argv=None):
         c.method = "trained" if meta["known"] else "moment_matching"
     require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=moment_matching")
     require(c.method == "moment_matching" or (c.obs_std == 0 and c.cg_steps == 8), f"--obs_std and --cg_steps belong to --method=moment_matching, not {c.method}")
+    require(c.obs_std == 0 or len(problem.windows) == 1, f"--obs_std belongs to a single window of {c.frames or settings.frames} frames: what one window draws is exact to the next")
     require(c.guidance_scale == 1 or meta["conditions"] or c.method == "trained", "--guidance_scale needs a checkpoint of train.py with --condition")
     if compiled:
         network.compile_blocks()
@@ -710,6 +727,7 @@ def main(argv=None):
     mine = missing[rank::world]
     start = time.perf_counter()
     given = None if problem.truth is None else data.normalise(problem.truth, meta["transform"])[0].to(device)
+    valid, conditional = torch.ones(()) if c.exact else meta["valid"].to(device), bool(problem.mask.any())
     if c.task == "morph":
         pair = guided(c, run, settings, meta, diffusion.Observation(*(a[[0, -1]].to(device) for a in (problem.y, problem.mask))), None)
         ends = encode(pair, given[[0, -1]], grid)
@@ -718,9 +736,9 @@ def main(argv=None):
             indices = mine[first : first + c.batch_size]
             rows, noise = [i // c.members for i in indices], generators(c.seed, indices)
             y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
-            for window in problem.windows:
+            for turn, (window, keep) in enumerate(problem.windows):
                 known = diffusion.Observation(y[:, :, window], mask[:, :, window], problem.factor)
-                denoise = exact if c.exact else guided(c, run, settings, meta, known, None if problem.told is None else problem.told[rows][:, :, window].to(device))
+                denoise = exact if c.exact else guided(c, run, settings, meta, known, None if problem.told is None or c.task == "morph" else problem.told[rows][:, :, window].to(device))
                 if c.task == "edit":
                     z = diffusion.diffuse(given[rows], grid[:1], noise(given[rows]))
                 elif c.task == "encode":
@@ -730,12 +748,12 @@ def main(argv=None):
                 else:  # at the first level the mean of the field, given what is known, shows already
                     z, level = torch.zeros_like(known.lift(known.y)), grid[:1].expand(len(rows))
                     z = diffusion.diffuse(denoise(z, level.to(device)), level, noise(z))
-                for z, _ in diffusion.sample(denoise, z, grid, make_step(c, bool(known.mask.any())), noise):
+                for z, _ in diffusion.sample(denoise, z, grid, make_step(c, conditional or turn > 0), noise):
                     bar.update(len(indices))
                 if not c.obs_std:
                     z = known.project(z)
-                if problem.factor == 1:
-                    y[:, :, window], mask[:, :, window] = z, 1.0 if c.exact else meta["valid"].to(z)  # land stays unknown, as in training
+                if problem.factor == 1:  # land stays unknown, as in training
+                    y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
             result = y if problem.factor == 1 else z
             if not result.isfinite().all():
                 raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
@@ -775,7 +793,7 @@ def main(argv=None):
     history = f"{command}: sampler {c.sampler}, {c.steps} steps, {out}/ckpt.pt at step {checkpoint['step']}"
     ensemble = x.reshape(-1, c.members, *x.shape[1:])  # (R, M, C, L, H, W)
     given = bool(problem.mask.any())
-    written = data.write_samples(folder, ensemble if given else x, meta, history, lead, problem.hours[:, problem.reference] if given else None)
+    written = data.write_samples(folder, ensemble if given else x, meta | {"calendar": problem.calendar}, history, lead, problem.hours[:, problem.reference] if given else None)
     for i, name in enumerate(meta["names"]):
         suffix, rows = f"_{name}" if i else "", picture_rows(x, problem, c.members, i)
         contact_sheet(folder / f"samples{suffix}.png", rows, meta, i, lead)
@@ -791,7 +809,7 @@ def main(argv=None):
         written.append("theory.png")
     if c.verify and c.task in ("generate", *GIVEN, "extend", "loop", "edit"):
         written += verify(c, settings, meta, problem, x, ensemble, lead, folder)
-        if settings.dataset == "gaussian" and meta["transform"][0]["name"] == "none" and c.task == "generate" and x[0].size <= 4096:
+        if settings.dataset == "gaussian" and meta["transform"][0]["name"] == "none" and c.task == "generate" and x.shape[2] == settings.frames and x[0].size <= 4096:
             blank = lambda z: diffusion.Observation(torch.zeros_like(z), torch.zeros_like(z))
             denoise = None if c.exact else lambda z, logsnr: guided(c, run, settings, meta, blank(z), None)(z, logsnr)
             report = json.loads((folder / "verify.json").read_text()) | {"ruler": ruler(denoise, data.normalise(x, meta["transform"])[0], settings, meta, c.batch_size, device)}
@@ -808,46 +826,47 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
 
     Tables, verify.json and verify.png.
     """
-    T, L = settings.frames, x.shape[2]
-    climate = data.open_climate(settings.dataset, settings.variables, settings.size, settings.seed)
+    T, L, groups, paired = settings.frames, x.shape[2], len(problem.y), c.task == "edit" or problem.unseen is not None
+    climate = train.open_trained(settings, meta)
     train_starts, test = data.split_windows(climate, T)
     test = data.apart(test, T)
     area, report = data.latitude_weights(meta["coords"], meta["dims"]), {}
     if problem.unseen is None:  # nothing but the law of the data to compare with; long sequences in pieces
         n = min(T, L)
-        truth = problem.truth if c.task == "edit" else data.clips(climate, test[:: max(1, len(test) // 2000)], n)  # at most about 4000
-        x, sequences = np.concatenate([x[:, :, t : t + n] for t in range(0, L - n + 1, n)]) if L > n else x, x
-        law = data.rain_law(settings.size, n, data.LEVELS, c.dry) if settings.dataset == "climate" and c.task != "edit" else None
+        truth = problem.truth if c.task == "edit" else data.clips(climate, data.spread(test, 4000), n)
+        x, sequences = np.stack([x[:, :, t : t + n] for t in range(0, L - n + 1, n)], 1).reshape(-1, *x.shape[1:2], n, *x.shape[3:]) if L > n else x, x
+        law = data.rain_law(settings.size, n, data.LEVELS, c.dry or meta["transform"][0]["drizzle"]) if settings.dataset == "climate" and c.task != "edit" else None
     else:
         generated = np.isfinite(problem.unseen).any((0, 1, 3, 4))  # frames
         x, truth, law = x[:, :, generated], problem.truth[:, :, generated], None
-        drawn = data.clips(climate, train_starts[np.linspace(0, len(train_starts) - 1, 50).astype(int)], 1)  # (50, C, 1, H, W)
+        drawn = data.clips(climate, data.spread(train_starts, 50), 1)  # (50, C, 1, H, W)
     for i, name in enumerate(meta["names"]):
-        floor, units, picture = 0.0 if meta["transform"][i]["floor"] == 0 else None, meta["attrs"][i].get("units", "1"), folder / f"verify{f'_{name}' if i else ''}.png"
-        report[name] = data.compare(x[:, i], truth[:, i], floor, c.dry, area, law, units)
+        floor, dry, units, picture = 0.0 if meta["transform"][i]["floor"] == 0 else None, c.dry or meta["transform"][i]["drizzle"], meta["attrs"][i].get("units", "1"), folder / f"verify{f'_{name}' if i else ''}.png"
+        report[name] = data.compare(x[:, i], truth[:, i], floor, dry, area, law, units, groups, paired)
         print_table(name, units, report[name])
         if problem.unseen is None:
             verification_picture(picture, report[name], meta, i)
             if L >= 2 * T and len(problem.windows) > 1:
-                made_by = np.argmax([np.isin(np.arange(L), w) for w in problem.windows], 0)  # the first window with each frame
-                report[name]["drift"] = data.drift(sequences[:, i], 1 + np.flatnonzero(np.diff(made_by)), T, floor, c.dry)
+                made_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)  # the window that drew each frame
+                report[name]["drift"] = data.drift(sequences[:, i], 1 + np.flatnonzero(np.diff(made_by)), T, floor, dry)
                 print(f"  {'from the first clip to the last':<52}{'first':>10}{'last':>10}{'ratio':>8}")
                 for label, (a, b, ratio) in report[name]["drift"].items():
                     print(f"  {label:<52}{a:>10.4f}{b:>10.4f}{ratio:>8.3f}")
             continue
         references = {}
-        whole = np.flatnonzero((np.isfinite(problem.lifted[0, i]) >= np.isfinite(problem.truth[0, i])).all((-2, -1)))  # frames wholly known
+        seen, there = np.isfinite(problem.lifted[0, i]), np.isfinite(problem.truth[0, i])
+        whole = np.flatnonzero((seen >= there).all((-2, -1)) & seen.any((-2, -1)))  # frames wholly known
         if problem.factor > 1:
             references["block means"] = problem.lifted[None, :, i]
         elif len(whole):  # the nearest known frame
             references["persistence"] = problem.truth[None, :, i, whole[np.abs(np.arange(L)[:, None] - whole).argmin(1)]]
         references["climatology"] = drawn[:, None, i]  # (50, 1, 1, H, W)
         g = lambda a: np.where(np.isfinite(a), data.normalise(a[..., None, :, :, :], meta["transform"][i : i + 1])[0][..., 0, :, :, :].numpy(), np.nan)
-        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + c.dry, g)
+        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + dry, g)
         print_ensemble(name, units, r)
         ensemble_picture(picture, r, report[name]["curves"], meta, i)
     if len(meta["names"]) > 1:
-        report["correlation"] = data.cross_correlations(x, truth, meta["names"], area)
+        report["correlation"] = data.cross_correlations(x, truth, meta["names"], area, groups, paired)
         for label, e in report["correlation"].items():
             print(f"correlation of {label:<28}{e['values'][0]:>10.3f}{e['values'][1]:>10.3f}{e['error']:>+10.3f}  {'~' if e['within_sampling_error'] else ''}")
     with data.replacing(folder / "verify.json") as f:

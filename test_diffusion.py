@@ -279,6 +279,8 @@ def test_batch_posterior_keeps_the_mean():
     b = train.average_targets(train.SimpleNamespace(x=x, eps=eps, logsnr=l, cond=None, mask=None, mix=None))
     torch.testing.assert_close(D.diffuse(b.x, l, b.eps), D.diffuse(x, l, eps))  # the same z
     assert torch.equal(b.x[4], x[4]) and torch.equal(b.eps[4], eps[4])  # without noise every clip is itself
+    with torch.autocast("cpu", torch.bfloat16):  # also where products are rounded, as in TF32 on a GPU
+        assert torch.equal(D.batch_posterior(20 * x, 20 * x, f64([30.0] * 5)), 20 * x)
     assert (b.x[0] - x.mean(0)).abs().max() < 0.2  # in noise it is any of them
     for other in ("mask", "mix"):  # clips that differ in more than x are not exchangeable
         c = train.SimpleNamespace(**{"x": x, "eps": eps, "logsnr": l, "cond": None, "mask": None, "mix": None, other: x})
@@ -984,7 +986,9 @@ def test_numpy_files(tmp_path):
 
 def test_netcdf_and_zarr_files(tmp_path):
     xr = pytest.importorskip("xarray")
-    pytest.importorskip("netCDF4"), pytest.importorskip("zarr"), pytest.importorskip("cftime")
+    pytest.importorskip("netCDF4"), pytest.importorskip("zarr")
+    cftime = pytest.importorskip("cftime")
+    date = lambda c, i: str(cftime.num2date(c.hours[i], data.hours_since(c.calendar), c.calendar))[:10]
     lat, lon = np.linspace(60, 50, 5), np.arange(6) * 60.0
     hot = {"units": "K", "standard_name": "air_temperature"}
     for calendar in ("noleap", "360_day", "standard"):
@@ -999,14 +1003,23 @@ def test_netcdf_and_zarr_files(tmp_path):
         ds.isel(time=slice(15, 24)).to_netcdf(tmp_path / "b.nc")
         c = data.open_climate(tmp_path, "t2m")  # a folder: the files join in time
         np.testing.assert_allclose(c.frames(0, 24)[0], FIELD, atol=1e-3)
-        assert c.calendar in (calendar, "standard") and np.allclose(np.diff(c.hours), 24) and c.wraps() and c.dims == ("lat", "lon")
+        assert c.calendar in (calendar, "standard") and np.allclose(np.diff(c.hours), 24) and date(c, 1) == "2001-02-21" and c.wraps() and c.dims == ("lat", "lon")
         assert c.coords["lat"]["values"][0] == 60 and c.attrs[0]["units"] == "K" and set(c.coords) == {"lat", "lon"}
         assert data.open_climate(tmp_path / "a.nc").names == ["t2m", "pr"]
         with pytest.raises(data.InputError, match="choose --variables from t2m, pr"):
             data.open_climate(tmp_path / "a.nc", "crs")
         (tmp_path / "a.nc").unlink(), (tmp_path / "b.nc").unlink()
+    old = ds[["pr"]].assign_coords(time=xr.date_range("0850-01-01", periods=24, freq="D", calendar="standard", use_cftime=True))
+    old.to_netcdf(tmp_path / "old.nc")  # the calendar of numpy, before its dates begin: the same epoch
+    assert date(data.open_climate(tmp_path / "old.nc"), 1) == "0850-01-02"
     rotated = ds.rename(lat="rlat", lon="rlon").drop_vars("time_bnds")
-    rotated["latitude"] = (("rlat", "rlon"), np.zeros((5, 6)))
+    rotated = rotated.assign_coords(latitude=(("rlat", "rlon"), np.full((5, 6), np.nan)))
+    (tmp_path / "years").mkdir()
+    for i in range(2):
+        rotated.isel(time=slice(12 * i, 12 * i + 12)).to_netcdf(tmp_path / f"years/{i}.nc")
+    assert len(data.open_climate(tmp_path / "years", "pr")) == 24  # unknown coordinates are equal
+    held = [isinstance(data.read_xarray(tmp_path / "years/0.nc", ["pr"], memory).pieces[0][0], np.ndarray) for memory in (12 * 30 * 4 + 1, 12 * 30 * 4)]
+    assert held == [True, False]  # a folder shares the memory out among its files
     rotated.to_zarr(tmp_path / "z.zarr")
     z = data.open_climate(tmp_path / "z.zarr", "pr")
     np.testing.assert_allclose(z.frames(2, 9)[0], FIELD[2:9] - 280, atol=1e-6)
@@ -1181,7 +1194,7 @@ def test_statistics_of_known_fields():
     assert wetter["wet spell, frames"]["values"][1] == pytest.approx(spells @ np.arange(1, 7) / spells.sum())
 
 
-def test_rows_weigh_by_area_and_missing_cells_count_nothing():
+def test_rows_weigh_by_area_and_missing_cells_count_nothing(tmp_path):
     rng = np.random.default_rng(1)
     a, b = (np.maximum(rng.standard_normal((40, 4, 5, 6)), 0) * np.arange(1, 6)[:, None] for _ in range(2))
     values = lambda r: np.array([v for e in r["rows"].values() for v in e["values"]])
@@ -1197,6 +1210,11 @@ def test_rows_weigh_by_area_and_missing_cells_count_nothing():
     lat = {"lat": {"dims": ["lat"], "values": [60.0, 0.0, -90.0], "attrs": {"units": "degrees_north"}}, "y": {"dims": ["y"], "values": [1.0], "attrs": {"units": "km"}}}
     np.testing.assert_allclose(data.latitude_weights(lat, ("lat", "x")), [0.5, 1, 0], atol=1e-9)
     assert data.latitude_weights(lat, ("y", "x")) is None
+    assert data.latitude_weights({"lat": {**lat["lat"], "attrs": {}}}, ("lat", "x")) is not None  # its name is enough
+    for key, weighted in (("latitude", True), ("y", False)):
+        np.savez(tmp_path / "f.npz", f=np.zeros((3, 3, 4)), **{key: np.arange(3.0)})
+        c = data.open_climate(tmp_path / "f.npz")
+        assert (data.latitude_weights(c.coords, c.dims) is not None) == weighted
 
 
 def test_sampling_errors_cover_the_truth(monkeypatch):
@@ -1646,17 +1664,32 @@ def test_guidance_through_a_compiled_network(dtype):
 
 
 def test_windows_cover_a_sequence():
-    for length, frames, overlap in ((8, 8, 2), (20, 8, 2), (21, 8, 3), (240, 8, 2), (5, 8, 2)):
+    for length, frames, overlap in ((8, 8, 2), (20, 8, 2), (21, 8, 3), (240, 8, 2), (5, 8, 2), (3, 2, 1), (2, 2, 2)):
         for reverse in (False, True):
-            seen = np.zeros(length, bool)
-            for n, w in enumerate(data.windows(length, frames, overlap, reverse=reverse)):
+            done = np.zeros(length, bool)
+            for n, (w, keep) in enumerate(data.windows(length, frames, overlap, reverse=reverse)):
                 assert (np.diff(w) == 1).all() and len(w) == min(frames, length)
-                known = seen[w]
-                assert n == 0 or (known[-overlap:] if reverse else known[:overlap]).all() and not known.all()
-                seen[w] = True
-            assert seen.all()
-    first, last = data.windows(12, 8, 2, circular=True)
-    assert first.tolist() == list(range(8)) and last.tolist() == [6, 7, 8, 9, 10, 11, 0, 1]
+                assert n == 0 or done[w].sum() == overlap == (done[w][-overlap:] if reverse else done[w][:overlap]).sum()  # of which all was kept
+                done[w[keep]] = True
+            assert done.all()
+
+
+@pytest.mark.parametrize("length,frames,overlap,circular,reverse,known", [
+    *((n, 8, 2, True, False, ()) for n in range(12, 22)), *((n, 8, 2, False, False, (0, 1, n - 2, n - 1)) for n in range(5, 22)),
+    *((n, 8, k, False, r, range(0, n, every)) for n in (16, 17, 30) for k in (1, 2) for every in (2, 3, 4) for r in (False, True)), (40, 8, 2, False, False, (*range(20), *range(31, 40))),
+])  # fmt: skip
+def test_windows_see_what_is_known_on_both_sides(length, frames, overlap, circular, reverse, known):
+    done = np.isin(np.arange(length), known)
+    around = lambda t, step: next((d for d in range(1, frames) if (circular or 0 <= t + d * step < length) and done[(t + d * step) % length]), None)
+    for n, (w, keep) in enumerate(data.windows(length, frames, overlap, known, circular, reverse)):
+        drawn = [t for t in w[keep] if not done[t]]
+        for step in (-1, 1):  # the nearest known frame on either side is in the window, if a window of this size could have both
+            for t in drawn:
+                near, other = around(t, step), around(t, -step)
+                assert near is None or (n == 0 and circular) or (t + near * step) % length in w or (other is None and near + overlap >= frames) or (other is not None and near + other >= frames - overlap)
+        assert drawn or np.isin(w[overlap:], known).all()
+        done[w[keep]] = True
+    assert done.all()
 
 
 def test_known_parts_for_training():
@@ -1764,6 +1797,38 @@ def test_ensemble_scores():
     assert r["crps_persistence"] == pytest.approx(np.abs(truth[:, 1:] - truth[:, :1]).mean((0, 2, 3)))
 
 
+def test_errors_of_sampling_know_what_belongs_together():
+    rng = np.random.default_rng(0)
+    mean = lambda a: {"sum": a.sum(), "count": a.size}
+    of = lambda sums: np.array([S["sum"] / S["count"] for S in sums])
+    group = rng.normal(size=80)
+    x, truth = np.repeat(group, 6)[:, None], rng.normal(size=(80, 1))
+    draw, blocks = data.bootstrap(x, truth, mean, 80)  # 80 sequences in six pieces each
+    deviation = np.std([of(draw(rng))[0] for _ in range(2000)])
+    assert deviation == pytest.approx(group.std() / math.sqrt(80), rel=0.06) and blocks == data.few(80) == 10
+    draw, _ = data.bootstrap(np.repeat(truth, 6, 0) + 0.1, truth, mean, 80, paired=True)
+    assert all(np.ptp(of(draw(rng))) == pytest.approx(0.1) for _ in range(50))  # of pairs the difference is known
+    field = rng.normal(size=(40, 4, 8, 8))
+    apart, together = (data.compare(field - 0.05, field, paired=paired)["rows"]["mean"]["interval"] for paired in (False, True))
+    assert apart[0] < -0.06 and apart[1] > -0.04 and np.allclose(together, -0.05 / field.std(), atol=1e-6)
+
+
+def test_statistics_see_every_hour_of_the_day():
+    chosen = data.spread(np.arange(24 * 400), 400)  # a stride of 24 sees one hour
+    assert (np.diff(chosen) > 0).all() and (chosen // 24 == np.arange(400)).all() and len(set(chosen % 24)) == 24
+    assert (data.spread(np.arange(9), 9) == np.arange(9)).all()
+    hours = np.arange(2400)
+    x = (np.sin(2 * np.pi * hours / 24) * np.ones((1000, 40, 1))).T.reshape(2400, 40, 1000).astype(np.float32)[:, :, :400]
+    fitted = data.fit_transform(data.Climate([[x]], hours, ["a"], [{}]), np.arange(2400), 1, "none")[0]
+    assert abs(fitted["mean"]) < 0.1 and fitted["std"] == pytest.approx(math.sqrt(0.5), rel=0.05)
+
+
+@pytest.mark.parametrize("unit,drizzle", [(1.0, 1e-2), (1 / 3600, 1e-6), (25.4, 0.1)])
+def test_what_counts_as_dry_has_the_size_of_the_rain(unit, drizzle):
+    x = unit * np.where(np.arange(1000) % 5 == 0, np.linspace(0.2, 0.8, 1000), 0).reshape(10, 10, 10).astype(np.float32)  # 0.1 on average
+    assert data.fit_transform(data.Climate([[x]], np.arange(10), ["rain"], [{}]), np.arange(10), 1, "auto")[0]["drizzle"] == pytest.approx(drizzle)
+
+
 def test_drift_sees_fading_and_seams():
     rng = np.random.default_rng(0)
     x = np.empty((60, 40, 6, 6))
@@ -1775,6 +1840,9 @@ def test_drift_sees_fading_and_seams():
     d = data.drift(x, [10, 20, 30], 4)
     assert d["standard deviation"][2] == pytest.approx(0.54, abs=0.05) and d["mean"][2] == pytest.approx(1, abs=0.02)
     assert d["spatial power, wavenumbers 1 to 1"][2] == pytest.approx(0.29, abs=0.06)
+    x[..., 0, 0] = np.nan  # land
+    land = data.drift(x, [10, 20, 30], 4)
+    assert land["spatial power, wavenumbers 1 to 1"][2] == pytest.approx(d["spatial power, wavenumbers 1 to 1"][2], rel=0.1)
     inside, across, _ = d["lag-1 autocorrelation, inside and across joins"]
     assert across / inside == pytest.approx(1 / 3, abs=0.08)
 
@@ -1878,11 +1946,55 @@ def test_land_stays_unknown_from_window_to_window(field, tmp_path, monkeypatch):
     x[:, :3] = np.nan
     np.save(tmp_path / "wave.npy", x)
     train.main([*field, "--max_iters=2", "--condition=known"])
-    masks, guided = [], sample.guided
-    monkeypatch.setattr(sample, "guided", lambda c, run, settings, meta, known, told: masks.append(known.mask.clone()) or guided(c, run, settings, meta, known, told))
+    parts, guided = [], sample.guided
+    monkeypatch.setattr(sample, "guided", lambda c, run, settings, meta, known, told: parts.append((known.y.clone(), known.mask.clone())) or guided(c, run, settings, meta, known, told))
     sample.main([f"--out_dir={tmp_path}/out", "--task=extend", "--length=6", "--num_samples=1", "--steps=2", "--device=cpu", "--dtype=float32", "--verify=false"])
+    assert all((y[mask == 0] == 0).all() for y, mask in parts) and len(parts) == 2
+    masks = [mask for _, mask in parts]
     assert len(masks) == 2 and masks[0].max() == 0  # nothing is known of the first window
     assert masks[1][..., :2, 3:, :].min() == 1 and masks[1][..., :2, :3, :].max() == 0 and masks[1][..., 2:, :, :].max() == 0
+
+
+def test_what_a_problem_is_posed_of(field, tmp_path, monkeypatch):
+    x = np.load(tmp_path / "wave.npy")
+    hill, tide = np.arange(90.0).reshape(9, 10), np.arange(60) % 7 / 4
+    np.savez(tmp_path / "told.npz", wave=x[:, :8], time=6.0 * np.arange(60), hill=hill[:8], tide=tide)
+    train.main([*field[1:], f"--dataset={tmp_path}/told.npz", "--max_iters=1", "--condition=known,hill,tide", "--patch=2"])
+    checkpoint = train.load_checkpoint(tmp_path / "out/ckpt.pt")
+    settings, meta = train.SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
+    pose = lambda *args: sample.pose(train.configure(sample.__file__, args, sample.CHOICES), settings, meta)
+    few, many = pose("--num_samples=3"), pose("--num_samples=7")  # what sample i is told does not depend on the others
+    assert torch.equal(few.told, many.told[:3]) and len(many.told[:, 2, 0].unique()) > 1
+    np.savez(tmp_path / "coarse.npz", wave=x[:, :8].reshape(60, 4, 2, 5, 2).mean((2, 4)), time=6.0 * np.arange(60), tide=tide)
+    told = pose("--task=superres", "--factor=2", f"--input={tmp_path}/coarse.npz", "--num_samples=2").told  # orography on the fine grid
+    torch.testing.assert_close(told[1, 1, 3].double(), torch.from_numpy((hill[:8] - hill[:8].mean()) / hill[:8].std()), rtol=1e-5, atol=1e-5)
+    holes = x[:, :8].copy()
+    holes[30:32, 2] = np.nan
+    np.savez(tmp_path / "holes.npz", wave=holes, hill=hill[:8], tide=tide)  # without times: frames of 6 hours
+    gaps = pose("--task=inpaint", f"--input={tmp_path}/holes.npz", "--num_samples=5")
+    assert (gaps.mask == 0).flatten(1).any(1).all() and gaps.hours[0].tolist() == [162, 168, 174, 180] and gaps.hours[-1, 0] == 6 * 31
+    np.savez(tmp_path / "other.npz", wave=x[:, :8], time=3.0 * np.arange(60), hill=hill[:8], tide=tide)
+    with pytest.raises(data.InputError, match="every 3 hours; the checkpoint needs one every 6"):
+        pose("--task=forecast", f"--input={tmp_path}/other.npz")
+    told, guided = [], sample.guided  # the ends of a morph are encoded as they are decoded
+    monkeypatch.setattr(sample, "guided", lambda *args: told.append(args[-1]) or guided(*args))
+    sample.main([f"--out_dir={tmp_path}/out", "--task=morph", "--sampler=dpmpp", "--num_samples=3", "--steps=2", "--device=cpu", "--dtype=float32"])
+    assert told == [None] * len(told) and len(told) == 2
+    np.savez(tmp_path / "told.npz", wave=x[:50, :8], time=6.0 * np.arange(50), hill=hill[:8], tide=tide[:50])
+    with pytest.raises(data.InputError, match="no longer holds the 60 frames"):
+        pose("--task=forecast")
+
+
+def test_the_sampler_of_a_clip_does_not_depend_on_the_batch(field, tmp_path):
+    x = np.load(tmp_path / "wave.npy")
+    train.main([*field, "--max_iters=2", "--condition=known"])
+    x[3, 2], x[8:12] = np.nan, np.nan  # in one clip something is missing, in another all
+    np.save(tmp_path / "holes.npy", x[:12])
+    drawn = []
+    for size in (1, 12):
+        sample.main([f"--out_dir={tmp_path}/out", "--task=inpaint", f"--input={tmp_path}/holes.npy", "--num_samples=9", "--steps=4", f"--batch_size={size}", "--device=cpu", "--dtype=float32", "--verify=false"])
+        drawn.append(np.load(tmp_path / "out/samples/samples.npz")["samples"])
+    np.testing.assert_allclose(*drawn, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2177,6 +2289,7 @@ def bad(script, line, message):
     bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
     bad(sample, "--out_dir=ok --guidance_scale=2", "needs a checkpoint"), bad(sample, "--out_dir=ok --task=forecast --length=99", "no 99 consecutive frames"),
     bad(train, "--dataset=good.npy --frames=4 --condition=hour", "calendar"), bad(train, "--dataset=good.npy --frames=4 --condition=hill", "is not one of known"), bad(train, "--image_share=1", "[0, 1)"),
+    bad(train, "--image_share=0.1 --batch_size=4", "less than one clip"), bad(sample, "--out_dir=ok --length=24 --known=10", "leave nothing to draw"), bad(sample, "--dry=-1", "at least 0"), bad(sample, "--out_dir=ok --task=forecast --length=4 --frames=3 --obs_std=0.1", "single window"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_changes_nothing(script, args, message, bad_files, capsys, monkeypatch):
     monkeypatch.chdir(bad_files)

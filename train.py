@@ -173,6 +173,7 @@ def check(c):
     require(max(-c.logsnr_min, c.logsnr_max) <= 60, "log-SNR beyond +-60 leaves the range of float32")
     require(c.shift > 0 and c.learning_rate > 0, "--shift and --learning_rate must be positive")
     require(0 <= c.condition_dropout < 1 and 0 <= c.image_share < 1, "--condition_dropout and --image_share must lie in [0, 1)")
+    require(c.image_share == 0 or round(c.image_share * c.batch_size) > 0, f"--image_share={c.image_share} of --batch_size={c.batch_size} is less than one clip")
     require(0 <= c.ema_decay < 1 and 0 < c.beta2 < 1, "--ema_decay must lie in [0, 1), --beta2 in (0, 1)")
     require(c.schedule != "ddpm" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
     require(c.shift == 1 or c.schedule in ("cosine", "linear", "flow", "normal"), f"--shift means nothing for --schedule={c.schedule}: use cosine, linear, flow or normal")
@@ -251,12 +252,11 @@ def fit_linear(climate, starts, c, transform):
     The axes are the principal ones of the covariance in time and x together, for weather travels, and of that in y, all else
     averaged: for a covariance that is a product of the two the modes are its eigenvectors, edges and round globes included,
     as cosines are not. Time and x are taken apart where that makes the last fifth of the clips likelier given the others,
-    for so many patterns want many clips, and beyond TOGETHER patterns. From up to 2000 training clips evenly spread, fewer
-    of large ones (2e7 values in all, but at least 50 clips).
+    for so many patterns want many clips, and beyond TOGETHER patterns. From up to 2000 training clips, fewer of large ones
+    (2e7 values in all, but at least 50 clips).
     """
     values = len(climate.names) * c.frames * math.prod(climate.size)
-    count = min(len(starts), max(50, min(2000, 20_000_000 // values)))
-    chosen, mean = starts[np.linspace(0, len(starts) - 1, count).astype(int)], 0
+    chosen, mean = data.spread(starts, max(50, min(2000, 20_000_000 // values))), 0
 
     def average(f, starts):
         parts = (starts[i : i + 10] for i in range(0, len(starts), 10))
@@ -276,9 +276,9 @@ def fit_linear(climate, starts, c, transform):
 
     mean = average(lambda x: x.sum(0), chosen).mean(1, keepdim=True)
     choices = [((-3,), (-2,), (-1,)), ((-3, -1), (-2,))]
-    if c.frames * climate.size[1] > TOGETHER or count < 5:
+    if c.frames * climate.size[1] > TOGETHER or len(chosen) < 5:
         choices = choices[:1]
-    late = count // 5
+    late = len(chosen) // 5
     best = min(choices, key=lambda axes: surprise(fit(chosen[:-late], axes), chosen[-late:])) if len(choices) > 1 else choices[0]
     axes, w = fit(chosen, best)
     return {"mean": mean, "modes": w, "axes": axes}
@@ -288,11 +288,24 @@ def fit_linear(climate, starts, c, transform):
 # checkpoints: tensors and plain values only
 
 
+def extent(climate):
+    """Number of frames, first and last hour of a record: what the split into training and held-out data depends on."""
+    return [len(climate), *climate.hours[[0, -1]].tolist()]
+
+
+def open_trained(settings, meta):
+    """The data set a checkpoint was trained on, if it is still the same: a longer record would be split in other places."""
+    climate, path = data.open_climate(settings.dataset, settings.variables, settings.size, settings.seed), settings.dataset
+    require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{path} no longer has the variables and grid that the checkpoint was trained on")
+    require(extent(climate) == meta["record"], f"{path} no longer holds the {meta['record'][0]} frames that the checkpoint was trained on, and its held-out part would be another: keep them in a file of their own")
+    return climate
+
+
 def describe(climate, transform, valid, masked):
     """What sample.py must know of the data: names, units, coordinates, transform, valid cells, time step."""
     coords = {k: {**v, "values": torch.as_tensor(np.array(v["values"]))} for k, v in climate.coords.items()}
     return {"names": climate.names, "attrs": climate.attrs, "dims": list(climate.dims), "coords": coords, "size": list(climate.size), "step_hours": climate.step_hours,
-            "calendar": climate.calendar, "transform": transform, "valid": torch.from_numpy(valid), "masked": bool(masked)}  # fmt: skip
+            "record": extent(climate), "calendar": climate.calendar, "transform": transform, "valid": torch.from_numpy(valid), "masked": bool(masked)}  # fmt: skip
 
 
 def save_checkpoint(path, checkpoint):
@@ -635,14 +648,12 @@ def prepare(c, checkpoint, rank):
     """The data set and what is fitted on it: (climate, training starts, test starts, meta)."""
     if rank > 0:
         dist.barrier()  # rank 0 makes the built-in data first
-    climate = data.open_climate(c.dataset, c.variables, c.size, c.seed)
+    climate = open_trained(c, checkpoint["data"]) if checkpoint else data.open_climate(c.dataset, c.variables, c.size, c.seed)
     if rank == 0 and dist.is_initialized():
         dist.barrier()
     train_starts, test_starts = data.split_windows(climate, c.frames)
     if checkpoint:
-        meta = checkpoint["data"]
-        require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{c.dataset} no longer has the variables and grid that the checkpoint was trained on")
-        return climate, train_starts, test_starts, meta
+        return climate, train_starts, test_starts, checkpoint["data"]
     fitted, covered = data.fit_transform(climate, train_starts, c.frames, c.transform), data.covered_frames(train_starts, c.frames)
     meta = describe(climate, fitted, *data.valid_cells(climate, covered))
     meta["known"], names = split_conditions(c)
@@ -762,7 +773,7 @@ def main(argv=None):
                 gain = 0
                 if learning:
                     b.x, gain = data.learn(b.physical, b.x, meta["transform"])
-                elif c.average_targets and not teacher:
+                elif c.average_targets and c.loss_power == 2 and not teacher:  # a mean of targets is not the best median
                     b = average_targets(b)
                 loss, v_error = batch_loss(run, c, meta, b)
                 ((loss.mean() - gain) * world / c.gradient_accumulation_steps).backward()
