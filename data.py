@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the built-in weather: a damped, advected stochastic heat equation, censored and raised to a power (DESCRIPTION below)
+# the built-in weather: a damped, advected stochastic heat equation, censored and raised to a power
 
 CELL_KM, ELL_KM, WIND_KM_H = 8.8, 300.0, 25.0  # grid spacing, correlation length, wind from the west
 MEAN_SHARE, MEAN_HOURS, MEMORY_HOURS = 0.4, 48.0, 12.0  # the k = 0 mode: its variance and memory; memory at k = 0+
@@ -1057,9 +1057,10 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
         some = np.isfinite(truth).any((1, 2, 3))
         for name, f in (("spread_skill", lambda a: a), ("spread_skill_transformed", g)):
             v, e = (a[some] ** 2 for a in spread_skill(f(ensemble), f(truth), (1, 2, 3)))  # (N,)
-            draw, rng = bootstrap(v, e, lambda a: {"sum": a.sum()}, paired=True)[0], np.random.default_rng(0)
+            (draw, blocks), rng = bootstrap(v, e, lambda a: {"sum": a.sum()}, paired=True), np.random.default_rng(0)
             ratio = lambda sums: math.sqrt(sums[0]["sum"] / sums[1]["sum"])
-            out[name] = [ratio(draw()), *np.quantile([ratio(draw(rng)) for _ in range(1000)], (0.025, 0.975)).tolist()]  # with its 95 % interval
+            interval = np.quantile([ratio(draw(rng)) for _ in range(1000)], (0.025, 0.975)).tolist() if blocks >= 5 else []
+            out[name] = [ratio(draw()), *interval]  # with its 95 % interval
         out["rank_histogram"] = rank_histogram(*(np.maximum(a, least) for a in (ensemble, truth))).tolist()
     return out
 

@@ -511,7 +511,7 @@ def print_ensemble(name, units, r):
     references = [k for k in r if k.startswith("crps_")]
     print(f"\n{name} [{units}]: {r['members']} members, {r['conditions']} conditions")
     for label, key in ((f"in {units}", "spread_skill"), ("transformed", "spread_skill_transformed")) if "spread" in r else ():
-        print("  spread / error, {:<14}{:.3f}, 95 % interval {:.3f} .. {:.3f}".format(label, *r[key]))
+        print(f"  spread / error, {label:<14}{r[key][0]:.3f}" + (", 95 % interval {:.3f} .. {:.3f}".format(*r[key][1:]) if r[key][1:] else ""))
     print(f"  {'lead h':>8}{'CRPS':>12}" + "".join(f"{k[5:]:>14}" for k in references) + f"{'energy score':>14}" + (f"{'spread':>10}{'RMSE':>10}" if "spread" in r else ""))
     for i, lead in enumerate(r["lead_hours"]):
         print(f"  {lead:>8.4g}{r['crps'][i]:>12.4f}" + "".join(f"{r[k][i]:>14.4f}" for k in references) + f"{r['energy_score'][i]:>14.4f}" + (f"{r['spread'][i]:>10.4f}{r['rmse'][i]:>10.4f}" if "spread" in r else ""))
