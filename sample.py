@@ -36,7 +36,7 @@ steps = 0  # sampler steps; 0 is 64, or those that a distilled student has
 sampler = "auto"  # auto (dpmpp_sde; dpmpp where a part is known; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
 spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
-noise_until = 0.0  # of dpmpp_sde: log-SNR up to which steps add noise; beyond it they are those of dpmpp
+noise_until = -1.0  # of dpmpp_sde: log-SNR up to which steps add noise; beyond it they are those of dpmpp
 variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
 churn = 0.0  # of heun: relative noise added before a step
 corrections = 0  # of pc and langevin: Langevin steps per level; 0 is 1 for pc, 10 for langevin
@@ -87,14 +87,14 @@ def check(c):
     require(not c.input or c.task != "generate", "--input belongs to another --task than generate")
     require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
     for name, default, key, owners in (
-        ("eta", 0.0, "sampler", ("ddim",)), ("noise_until", 0.0, "sampler", ("auto", "dpmpp_sde")), ("variance", 0.0, "sampler", ("ancestral",)), ("churn", 0.0, "sampler", ("heun",)), ("corrections", 0, "sampler", ("pc", "langevin")),
+        ("eta", 0.0, "sampler", ("ddim",)), ("noise_until", -1.0, "sampler", ("auto", "dpmpp_sde")), ("variance", 0.0, "sampler", ("ancestral",)), ("churn", 0.0, "sampler", ("heun",)), ("corrections", 0, "sampler", ("pc", "langevin")),
         ("snr", 0.16, "sampler", ("pc", "langevin")), ("edit_logsnr", -2.0, "task", ("edit",)), ("every", 2, "task", ("interpolate",)), ("factor", 4, "task", ("superres",)),
         ("reverse", False, "task", ("extend",)), ("members", 1, "task", (*GIVEN, "extend", "loop")), ("guidance_weight", 3.0, "method", ("guidance",)), ("cg_steps", 8, "method", ("auto", "moment_matching")),
         ("obs_std", 0.0, "method", ("auto", "moment_matching")), ("method", "auto", "task", (*GIVEN, "extend", "loop", "generate")), ("length", 0, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
         ("frames", 0, "task", ("generate", *GIVEN, "extend", "loop")), ("known", 2, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
     ):  # fmt: skip
         require(getattr(c, name) == default or getattr(c, key) in owners, f"--{name} belongs to --{key}={' or '.join(owners)}, not {getattr(c, key)}")
-    require(c.noise_until == 0 or c.sampler == "dpmpp_sde" or c.task not in GIVEN, f"--noise_until means nothing for --task={c.task}, whose sampler adds no noise where a part is known: use --sampler=dpmpp_sde")
+    require(c.noise_until == -1 or c.sampler == "dpmpp_sde" or c.task not in GIVEN, f"--noise_until means nothing for --task={c.task}, whose sampler adds no noise where a part is known: use --sampler=dpmpp_sde")
     for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("steps", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("dry", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
         require(getattr(c, name) >= least, f"--{name}={getattr(c, name)} must be at least {least}")
     require(c.num_samples % c.members == 0, f"--num_samples={c.num_samples} must be a multiple of --members={c.members}")
@@ -688,7 +688,7 @@ def main(argv=None):
     settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
     if settings.distill:
         own = int(settings.distill_steps)
-        require(c.steps in (0, own) and c.sampler in ("auto", "ddim") and c.eta == c.noise_until == 0 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
+        require(c.steps in (0, own) and c.sampler in ("auto", "ddim") and c.eta == 0 and c.noise_until == -1 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
                 f"{out}/ckpt.pt is a student of {own} ddim steps and knows no others: leave --steps, --sampler, --eta, --noise_until and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
     c.steps, c.sampler = c.steps or (own if settings.distill else 64), "ddim" if settings.distill else c.sampler
     network = train.build(checkpoint, device)
