@@ -393,7 +393,8 @@ def runs(climate, frames):
 def split_windows(climate, frames, length=None):
     """Starts of all clips of consecutive frames, (train, test): every fifth block is test data, no clip is partly in one.
 
-    frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if another.
+    frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if another. Raises
+    InputError where either part has none.
     """
     N, length = len(climate), length or frames
     if N < 2 * frames:
@@ -425,7 +426,7 @@ def apart(starts, frames):
     return np.array(chosen)
 
 
-def spread(index, count):
+def thin(index, count):
     """At most so many of an index, in order: one at random of each of as many equal stretches, for a fixed stride would
     see a daily cycle at the same hours only."""
     if len(index) <= count:
@@ -706,7 +707,7 @@ def fit_transform(climate, train_starts, frames, names):
     if len(names) != len(climate.names):
         raise InputError(f"--transform names {len(names)} transforms for {len(climate.names)} variables ({', '.join(climate.names)})")
     index = covered_frames(train_starts, frames)
-    index = spread(index, max(1, int(4e6 / np.prod(climate.size))))
+    index = thin(index, max(1, int(4e6 / np.prod(climate.size))))
     sample = np.concatenate([climate.frames(i, i + 1) for i in index], 1)  # (C, n, H, W)
     fitted = []
     for name, variable, x in zip(names, climate.names, sample):
@@ -766,7 +767,7 @@ def valid_cells(climate, index):
     Looks at all frames up to 1 GiB of them, at some of a larger record.
     """
     ever, complete = False, True
-    for i in spread(index, max(1, 2**28 // (len(climate.names) * math.prod(climate.size)))):
+    for i in thin(index, max(1, 2**28 // (len(climate.names) * math.prod(climate.size)))):
         finite = np.isfinite(climate.frames(i, i + 1))
         ever, complete = ever | finite, complete and finite.all()
     return ever.astype(np.float32), not complete
@@ -861,10 +862,11 @@ def few(n):
 
 
 def bootstrap(samples, truth, sums, groups=None, paired=False):
-    """Sums over samples and over true clips, by blocks: (draw, the least number of blocks).
+    """Sums over samples (N, ...) and over true clips (M, ...), by blocks: (draw, the least number of blocks).
 
-    draw() -> [{name: sum} of samples, of truth]; draw(rng): over blocks drawn with replacement. Samples are independent, or
-    `groups` runs of them are: a sequence cut in pieces, the members of one condition. Held-out clips are not: see `few`.
+    sums: clips -> {name: sum}. draw() -> [sums of samples, of truth]; draw(rng): over blocks drawn with replacement.
+    Samples are independent, or `groups` runs of them are: a sequence cut in pieces, the members of one condition.
+    Held-out clips are not: see `few`.
     paired: group i was made of, or for, truth[i]: the two are drawn together.
     """
     groups = groups or len(samples)

@@ -833,13 +833,13 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
     area, report = data.latitude_weights(meta["coords"], meta["dims"]), {}
     if problem.unseen is None:  # nothing but the law of the data to compare with; long sequences in pieces
         n = min(T, L)
-        truth = problem.truth if c.task == "edit" else data.clips(climate, data.spread(test, 4000), n)
+        truth = problem.truth if c.task == "edit" else data.clips(climate, data.thin(test, 4000), n)
         x, sequences = np.stack([x[:, :, t : t + n] for t in range(0, L - n + 1, n)], 1).reshape(-1, *x.shape[1:2], n, *x.shape[3:]) if L > n else x, x
         law = data.rain_law(settings.size, n, data.LEVELS, c.dry or meta["transform"][0]["drizzle"]) if settings.dataset == "climate" and c.task != "edit" else None
     else:
         generated = np.isfinite(problem.unseen).any((0, 1, 3, 4))  # frames
         x, truth, law = x[:, :, generated], problem.truth[:, :, generated], None
-        drawn = data.clips(climate, data.spread(train_starts, 50), 1)  # (50, C, 1, H, W)
+        drawn = data.clips(climate, data.thin(train_starts, 50), 1)  # (50, C, 1, H, W)
     for i, name in enumerate(meta["names"]):
         floor, dry, units, picture = 0.0 if meta["transform"][i]["floor"] == 0 else None, c.dry or meta["transform"][i]["drizzle"], meta["attrs"][i].get("units", "1"), folder / f"verify{f'_{name}' if i else ''}.png"
         report[name] = data.compare(x[:, i], truth[:, i], floor, dry, area, law, units, groups, paired)

@@ -1812,9 +1812,9 @@ def test_errors_of_sampling_know_what_belongs_together():
 
 
 def test_statistics_see_every_hour_of_the_day():
-    chosen = data.spread(np.arange(24 * 400), 400)  # a stride of 24 sees one hour
+    chosen = data.thin(np.arange(24 * 400), 400)  # a stride of 24 sees one hour
     assert (np.diff(chosen) > 0).all() and (chosen // 24 == np.arange(400)).all() and len(set(chosen % 24)) == 24
-    assert (data.spread(np.arange(9), 9) == np.arange(9)).all()
+    assert (data.thin(np.arange(9), 9) == np.arange(9)).all()
     hours = np.arange(2400)
     x = (np.sin(2 * np.pi * hours / 24) * np.ones((1000, 40, 1))).T.reshape(2400, 40, 1000).astype(np.float32)[:, :, :400]
     fitted = data.fit_transform(data.Climate([[x]], hours, ["a"], [{}]), np.arange(2400), 1, "none")[0]

@@ -256,7 +256,7 @@ def fit_linear(climate, starts, c, transform):
     (2e7 values in all, but at least 50 clips).
     """
     values = len(climate.names) * c.frames * math.prod(climate.size)
-    chosen, mean = data.spread(starts, max(50, min(2000, 20_000_000 // values))), 0
+    chosen, mean = data.thin(starts, max(50, min(2000, 20_000_000 // values))), 0
 
     def average(f, starts):
         parts = (starts[i : i + 10] for i in range(0, len(starts), 10))
@@ -294,7 +294,7 @@ def extent(climate):
 
 
 def open_trained(settings, meta):
-    """The data set a checkpoint was trained on, if it is still the same: a longer record would be split in other places."""
+    """The data set a checkpoint was trained on, if it is still the same, else InputError: a longer record would be split in other places."""
     climate, path = data.open_climate(settings.dataset, settings.variables, settings.size, settings.seed), settings.dataset
     require(climate.names == meta["names"] and list(climate.size) == meta["size"], f"{path} no longer has the variables and grid that the checkpoint was trained on")
     require(extent(climate) == meta["record"], f"{path} no longer holds the {meta['record'][0]} frames that the checkpoint was trained on, and its held-out part would be another: keep them in a file of their own")
