@@ -477,13 +477,13 @@ KNOWN = {  # is frame t of T known?
 KINDS = (*KNOWN, "blocks", "coarse")
 
 
-def random_known(rng, kinds, T, H, W):
-    """What is known of one training clip: mask (T, H / factor, W / factor) and factor. n and the boxes are drawn."""
+def random_known(rng, kinds, factors, T, H, W):
+    """What is known of one training clip: mask (T, H / factor, W / factor) and factor, that of block means. n and the boxes are drawn."""
     kind = kinds[rng.integers(len(kinds))]
     if kind in KNOWN and T < (3 if kind == "ends" else 2):  # no frame would stay unknown
         kind = "nothing"
     if kind == "coarse":
-        factors = [f for f in (2, 4, 8) if H % f == 0 == W % f]
+        factors = [f for f in factors if H % f == 0 == W % f]
         factor = factors[rng.integers(len(factors))] if factors else 1
         return np.full((T, H // factor, W // factor), float(factor > 1), np.float32), factor
     mask = np.ones((T, H, W), np.float32)

@@ -192,20 +192,24 @@ def make_denoiser(network, param, cond=None):
 
 
 def principal_axis(covariance):
-    """The eigenvectors of a covariance (n, n) as the rows of an orthonormal matrix, the largest variance first."""
-    return torch.linalg.eigh(covariance.double())[1].flip(1).T.to(covariance).contiguous()
+    """The eigenvectors of covariances (..., n, n) as the rows of orthonormal matrices, the largest variance first."""
+    return torch.linalg.eigh(covariance.double())[1].flip(-1).mT.to(covariance).contiguous()
 
 
 def to_modes(x, axes, inverse=False):
-    """Modes of clips, patterns in time and x times patterns in y: (..., T, H, W) both ways; keeps sums of squares.
+    """Modes of clips, patterns in y times patterns in time and x: (..., T, H, W) both ways; keeps sums of squares.
 
-    axes: orthonormal matrices whose rows are the patterns: (T W, T W), (H, H), or with time and x apart (T, T), (H, H), (W, W).
+    axes: orthonormal matrices whose rows are the patterns. [(R, T W, T W), (H, H)]: those in time and x together, one set for
+    all patterns in y (R = 1) or one for each (R = H). [(T, T), (H, H), (W, W)]: time and x apart.
     """
-    for dims, M in zip(((-3, -1), (-2,)) if len(axes) == 2 else ((-3,), (-2,), (-1,)), axes):
-        last = tuple(range(-len(dims), 0))
-        x = x.movedim(dims, last)
-        x = (x.flatten(-len(dims)) @ (M if inverse else M.T)).view(x.shape).movedim(last, dims)
-    return x
+    if len(axes) == 3:
+        for dim, M in zip((-3, -2, -1), axes):
+            x = (x.movedim(dim, -1) @ (M if inverse else M.T)).movedim(-1, dim)
+        return x
+    A, Y = axes
+    x = (x if inverse else Y @ x).movedim(-2, 0)  # (H, ..., T, W)
+    x = (x.flatten(-2).flatten(1, -2) @ (A if inverse else A.mT)).view(x.shape).movedim(0, -2)
+    return Y.T @ x if inverse else x
 
 
 def modes_of_length(w, axes, T):
@@ -215,20 +219,21 @@ def modes_of_length(w, axes, T):
     is cut, or goes on as that of the autoregression of order T0 - 1 that has it: of all that agree with it the one of
     maximum entropy (Burg 1975), and always a covariance.
     """
-    T0 = w.shape[1]
+    T0, together = w.shape[1], len(axes) == 2
     if T == T0:
         return w, axes
-    n = len(axes[0]) // T0  # cells that are in a pattern with time: W or 1
+    A = axes[0] if together else axes[0][None]  # (1 or H, T0 n, T0 n)
+    n = A.shape[-1] // T0  # cells that are in a pattern with time: W or 1
 
-    def lagged(A, most):  # (n T, n T), rows are patterns -> for every lag products of frames so far apart, summed: (patterns, n, n)
-        A = A.unflatten(1, (-1, n))
-        return (torch.einsum("mti,mtj->mij", A[:, : A.shape[1] - l], A[:, l:]) for l in range(most))
+    def lagged(A, most):  # for every lag products of frames so far apart, summed: (1 or H, patterns, n, n)
+        A = A.double().unflatten(-1, (-1, n))
+        return (torch.einsum("hmti,hmtj->hmij", A[:, :, : A.shape[2] - l], A[:, :, l:]) for l in range(most))
 
     def toeplitz(r, T):  # autocovariances [(..., n, n)] -> the covariance of T frames (..., n T, n T)
         return torch.cat([torch.cat([r[v - u] if v >= u else r[u - v].mT for v in range(T)], -1) for u in range(T)], -2)
 
     V = w.double().unflatten(-1, (-1, n)).movedim(1, -2)  # (C, H, W / n, T0, n)
-    r = [torch.einsum("chwm,mij->chwij", V.flatten(-2), a) / (T0 - l) for l, a in enumerate(lagged(axes[0].double(), T0))]
+    r = [torch.einsum("chwm,hmij->chwij", V.flatten(-2), a) / (T0 - l) for l, a in enumerate(lagged(A, T0))]
     lowest = torch.linalg.eigvalsh(toeplitz(r, min(T, T0)))[..., :1, None]  # averages over pairs of frames need not be a covariance
     white = (1e-6 - lowest).clamp(min=0) * torch.eye(n).to(lowest)  # what it takes to be one, of the same variance
     before = r[0].diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -238,21 +243,42 @@ def modes_of_length(w, axes, T):
         coefficients = torch.linalg.solve(toeplitz(r, T0 - 1), last)
     for l in range(T0, T):
         r.append(torch.cat(r[l - T0 + 1 :], -1) @ coefficients if T0 > 1 else 0 * r[0])
-    A = principal_axis(toeplitz([a.mean((0, 1, 2)) for a in r], T))
-    V = sum((1 + (l > 0)) * torch.einsum("chwij,mij->chwm", r[l], a) for l, a in enumerate(lagged(A, T))).unflatten(-1, (T, n))
-    return V.movedim(-2, 1).flatten(-2).clamp(min=1e-6).to(w), [A.to(w), *axes[1:]]
+    means = [a.mean((0, 2)) if len(A) > 1 else a.mean((0, 1, 2))[None] for a in r]  # (1 or H, n, n)
+    A = principal_axis(toeplitz(means, T))
+    V = sum((1 + (l > 0)) * torch.einsum("chwij,hmij->chwm", r[l], a) for l, a in enumerate(lagged(A, T))).unflatten(-1, (T, n))
+    return V.movedim(-2, 1).flatten(-2).clamp(min=1e-6).to(w), [(A if together else A[0]).to(w), *axes[1:]]
 
 
-def linear_part(z, logsnr, mean, w, axes, param):
+FACTORS = (2, 4, 8)  # sides of the block means that a network is told in training
+TOLD_STD = 0.2  # of cells about what is told of them, to the linear part alone: it then leaves them to z where that says more, and is found in fewer steps
+
+
+def known_projection(weight):
+    """The orthogonal projection of clips onto what is known of them, lift(A(x)), from the weights in Observation.channels().
+
+    weight (B, C, T, H, W): 1, or 1 / factor^2 for block means, each clip with a factor of its own.
+    """
+    factors = [f for f in (1, *FACTORS) if not any(n % f for n in weight.shape[-2:])]
+    chosen = [(f, ((weight * f**2 - 1).abs() < 0.01).to(weight)) for f in factors]
+    means = lambda x, f: x if f == 1 else interpolate_nearest(avg_pool3d(x, (1, f, f)), scale_factor=(1.0, f, f))
+    return lambda x: sum(which * means(x, f) for f, which in chosen)
+
+
+def linear_part(z, logsnr, mean, w, axes, param, known=None, steps=16):
     """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
     Per mode of z - alpha mean: E[x - mean | z] = alpha w z / (alpha^2 w + sigma^2), Wiener's filter, and
     E[eps | z] = sigma z / (alpha^2 w + sigma^2). mean (C, 1, H, W), w (C, T, H, W) or one per clip, axes as in to_modes,
-    z (B, C, T, H, W), logsnr (B,) -> F like z, the scale (B, 1, 1, 1, 1) of what is left, and the estimates of x, (x_hat - mean)
-    over its standard deviation, and of eps, like z, which together are z again, better conditioned: beside weather as a whole
-    the finest scales are faint in z. The scale is the root of the mean over modes of (alpha w / (alpha^2 w + sigma^2))^2,
+    z (B, C, T, H, W), logsnr (B,) -> F like z, the scale (B, 1, 1, 1, 1) of what is left, the estimates of x, (x_hat - mean)
+    over its standard deviation, and of eps, like z, which together are z again, better conditioned (beside weather as a whole
+    the finest scales are faint in z), and x_hat. The scale is the root of the mean over modes of (alpha w / (alpha^2 w + sigma^2))^2,
     the variance of v that is unknown times the share of it that z tells of. It goes to 0 in pure noise, where x_hat is the
     mean of the data whatever their law, and to 1 without noise.
+
+    known: Observation.channels(), (B, 2C, T, H, W). F and x_hat are then given y as well: x_hat moves as in moment_matching,
+    with the variance sigma^2 w / (alpha^2 w + sigma^2) of every mode given z, by conjugate gradients, at most `steps` of them.
+    They are preconditioned by the inverse of that covariance, cut to what is known, and the known cells are taken to be
+    within TOLD_STD: so they converge in a few steps where frames are known, and in more where there are holes.
     """
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
@@ -260,7 +286,15 @@ def linear_part(z, logsnr, mean, w, axes, param):
     std = (alpha**2 * w**2 / total).mean((1, 2, 3, 4), keepdim=True).sqrt()
     Z = to_modes(z - alpha * mean, axes)
     x, eps = to_modes(torch.stack([alpha * w / total * Z, sigma / total * Z]), axes, inverse=True)
-    return a * (mean + x) + b * eps, rest, x / std, eps
+    x_hat, F = mean + x, a * (mean + x) + b * eps
+    if known is not None:
+        (y, weight), v = known.chunk(2, 1), sigma**2 * w / total
+        P, scaled = known_projection(weight), lambda x, v: to_modes(v * to_modes(x, axes), axes, inverse=True)
+        S = lambda u: P(scaled(u, v)) + TOLD_STD**2 * u
+        u = conjugate_gradients(S, y - P(x_hat), steps, lambda r: P(scaled(r, 1 / (v + TOLD_STD**2))), tolerance=1e-8)
+        shift = scaled(u, v)
+        x_hat, F = x_hat + shift, F + (a - b * alpha / sigma) * shift  # eps moves by -alpha / sigma times as much
+    return F, rest, x / std, eps, x_hat
 
 
 def above_lowest(z, logsnr, low):
@@ -689,17 +723,27 @@ def moment_matching(denoise, known, steps=8, std=0.0):
     return guided
 
 
-def conjugate_gradients(S, b, steps):
-    """u of S u = b for every sample of b (B, ...) by itself; a sample is left alone once solved or if S is not positive."""
+def conjugate_gradients(S, b, steps, precondition=lambda r: r, tolerance=1e-12):
+    """u of S u = b for every sample of b (B, ...) by itself, S and precondition (about its inverse) symmetric and positive.
+
+    A sample is left alone once the square of what is missing, r' precondition(r), is below tolerance times that at the start,
+    or where S is not positive.
+    """
     dot = lambda a, b: expand((a * b).flatten(1).sum(1), a)
-    u, r, p = torch.zeros_like(b), b, b
-    rr, enough = dot(b, b), 1e-12 * dot(b, b)
+    u, r, p = torch.zeros_like(b), b, precondition(b)
+    rr = dot(r, p)
+    enough = tolerance * rr
     for _ in range(steps):
+        going = rr > enough
+        if b.device.type == "cpu" and not going.any():  # a GPU would have to be waited for
+            break
         Sp = S(p)
         curvature = dot(p, Sp)
-        going = (rr > enough) & (curvature > 0)
-        length = torch.where(going, rr / curvature, 0)
+        going = going & (curvature > 0)
+        over = lambda a, b: going * a / torch.where(going, b, 1)  # nothing divided by 0, nor in the gradient
+        length = over(rr, curvature)
         u, r = u + length * p, r - length * Sp
-        before, rr = rr, dot(r, r)
-        p = torch.where(going, r + rr / before * p, 0)
+        q = precondition(r)
+        before, rr = rr, dot(r, q)
+        p = going * q + over(rr, before) * p
     return u

@@ -704,6 +704,7 @@ def main(argv=None):
     if c.method == "auto":
         c.method = "trained" if meta["known"] else "moment_matching"
     require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=moment_matching")
+    require(c.method != "trained" or problem.factor in (1, *diffusion.FACTORS), f"--factor={c.factor} is not one of {diffusion.FACTORS}, the block means that networks are trained with: use --method=moment_matching")
     require(c.method == "moment_matching" or (c.obs_std == 0 and c.cg_steps == 8), f"--obs_std and --cg_steps belong to --method=moment_matching, not {c.method}")
     require(c.obs_std == 0 or len(problem.windows) == 1, f"--obs_std belongs to a single window of {c.frames or settings.frames} frames: what one window draws is exact to the next")
     require(c.guidance_scale == 1 or meta["conditions"] or c.method == "trained", "--guidance_scale needs a checkpoint of train.py with --condition")

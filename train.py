@@ -117,8 +117,8 @@ CHOICES = {
     "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
-FORMAT = 7  # of checkpoints
-TOGETHER = 1024  # patterns in time and x together, at most: clips of another length take a covariance of them for every row
+FORMAT = 8  # of checkpoints
+TOGETHER = 2**25  # entries of the covariances in time and x, one for every row, at most
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 
@@ -199,30 +199,34 @@ def pick_device(c):
 def run_network(network, device, dtype, c, meta):
     """network(z, logsnr, cond, mix) under autocast; scaled and added in float32 to the linear part of mean and spectrum.
 
-    It sees the linear estimates of eps and x in place of z, and the distance from the lowest value. The scale, which goes to
-    0 in pure noise, is 1 for a clip that is told something: then there is more to say.
+    It sees the linear estimates of eps and x in place of z, the distance from the lowest value and, if it can be told parts of
+    clips, the estimate of x given those. The scale, which goes to 0 in pure noise, is 1 for a clip that is told something:
+    then there is more to say.
     """
     mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
     modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
-    linear_part = lambda z, logsnr: diffusion.linear_part(z, logsnr, mean, *modes_of_length(z.shape[2]), c.param)
+    linear_part = lambda z, logsnr, known: diffusion.linear_part(z, logsnr, mean, *modes_of_length(z.shape[2]), c.param, known)
+    first = len(mean) * meta["masked"]  # of the channels of cond that say what is known, or told
 
     def run(z, logsnr, cond=None, mix=None):
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         if not c.linear_skip:
             with autocast:
                 return network(z, logsnr, cond, mix).float()
-        parts = linear_part(z, logsnr)
+        known = cond[:, first : first + 2 * len(mean)] if meta["known"] else None
+        parts = linear_part(z, logsnr, known)
         if mix is not None:  # unrelated frames, each a clip of its own
             T = z.shape[2]
-            alone = linear_part(rearrange(z, "b c t h w -> (b t) c 1 h w"), logsnr.repeat_interleave(T))
+            alone = [None if a is None else rearrange(a, "b c t h w -> (b t) c 1 h w") for a in (z, known)]
+            alone = linear_part(alone[0], logsnr.repeat_interleave(T), alone[1])
             alone = [rearrange(p, "(b t) c 1 h w -> b c t h w", t=T) for p in alone]
             parts = [torch.where(diffusion.expand(mix, z) > 0, *both) for both in zip(parts, alone)]
-        linear, rest, x, eps = parts
+        linear, rest, x, eps, x_hat = parts
         if meta["known"] or meta["conditions"]:
-            told = (cond[:, len(mean) * meta["masked"] :] != 0).flatten(1).any(1)
+            told = (cond[:, first:] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
         low = torch.stack([torch.full((1, 1, 1), f["low"], device=device) for f in meta["transform"]])  # moves while a transform is learnt
-        seen = [x, diffusion.above_lowest(z, logsnr, low), *([] if cond is None else [cond])]
+        seen = [x, diffusion.above_lowest(z, logsnr, low), *([x_hat] if meta["known"] else []), *([] if cond is None else [cond])]
         with autocast:
             F = network(eps, logsnr, torch.cat(seen, 1), mix).float()
         return linear + rest * F
@@ -249,25 +253,36 @@ def condition_channels(meta, x, valid=None, known=None, told=None):
 def fit_linear(climate, starts, c, transform):
     """What the linear part knows: mean of every cell (C, 1, H, W), variance of the modes about it (C, T, H, W), their axes.
 
-    The axes are the principal ones of the covariance in time and x together, for weather travels, and of that in y, all else
-    averaged: for a covariance that is a product of the two the modes are its eigenvectors, edges and round globes included,
-    as cosines are not. Time and x are taken apart where that makes the last fifth of the clips likelier given the others,
-    for so many patterns want many clips, and beyond TOGETHER patterns. From up to 2000 training clips, fewer of large ones
-    (2e7 values in all, but at least 50 clips).
+    The axes are the principal ones of the covariance in y and of that in time and x together, for weather travels, of every
+    pattern in y by itself, as the large live longer: a covariance that is no product. That wants many clips; with fewer one
+    set in time and x does for all patterns in y, and with few, or where those are beyond TOGETHER, time and x are taken
+    apart: whatever makes the last fifth of the clips likeliest given the others. (Cosines would be no eigenvectors: of edges
+    and round globes these know by themselves.) From up to 5000 training clips, fewer of large ones (4e7 values in all, but at
+    least 50 clips).
     """
-    values = len(climate.names) * c.frames * math.prod(climate.size)
-    chosen, mean = data.thin(starts, max(50, min(2000, 20_000_000 // values))), 0
+    H, W = climate.size
+    values = len(climate.names) * c.frames * H * W
+    chosen, mean, size = data.thin(starts, max(50, min(5000, 40_000_000 // values))), 0, max(1, 1_000_000 // values)
 
     def average(f, starts):
-        parts = (starts[i : i + 10] for i in range(0, len(starts), 10))
+        parts = (starts[i : i + size] for i in range(0, len(starts), size))
         return sum(f(data.normalise(data.clips(climate, part, c.frames), transform)[0] - mean) for part in parts) / len(starts)
 
-    def fit(starts, axes):
-        def covariance(dims):
-            series = lambda x: x.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2)
-            return average(lambda x: series(x).T @ series(x), starts)
+    def covariance(series, starts):  # series(clips) (..., many, n) -> (..., n, n)
+        def product(x):
+            s = series(x)
+            return s.mT @ s
 
-        axes = [diffusion.principal_axis(covariance(dims)) for dims in axes]
+        return average(product, starts)
+
+    def fit(starts, kind):
+        along = lambda dim: diffusion.principal_axis(covariance(lambda x: x.movedim(dim, -1).flatten(0, -2), starts))
+        if kind == "apart":
+            axes = [along(dim) for dim in (-3, -2, -1)]
+        else:
+            Y = along(-2)
+            C = covariance(lambda x: rearrange(Y @ x, "b c t h w -> h (b c) (t w)"), starts)
+            axes = [diffusion.principal_axis(C if kind == "rows" else C.sum(0, keepdim=True)), Y]
         return axes, average(lambda x: (diffusion.to_modes(x, axes) ** 2).sum(0), starts).clamp(min=1e-6)
 
     def surprise(fitted, starts):  # -2 log likelihood of a Gaussian per value
@@ -275,11 +290,8 @@ def fit_linear(climate, starts, c, transform):
         return float((w.log() + average(lambda x: (diffusion.to_modes(x, axes) ** 2).sum(0), starts) / w).mean())
 
     mean = average(lambda x: x.sum(0), chosen).mean(1, keepdim=True)
-    choices = [((-3,), (-2,), (-1,)), ((-3, -1), (-2,))]
-    if c.frames * climate.size[1] > TOGETHER or len(chosen) < 5:
-        choices = choices[:1]
-    late = len(chosen) // 5
-    best = min(choices, key=lambda axes: surprise(fit(chosen[:-late], axes), chosen[-late:])) if len(choices) > 1 else choices[0]
+    late, kinds = len(chosen) // 5, ["apart", "together", "rows"] if H * (c.frames * W) ** 2 <= TOGETHER else ["apart"]
+    best = min(kinds, key=lambda kind: surprise(fit(chosen[:-late], kind), chosen[-late:])) if late and len(kinds) > 1 else "apart"
     axes, w = fit(chosen, best)
     return {"mean": mean, "modes": w, "axes": axes}
 
@@ -414,7 +426,7 @@ def micro_batch(climate, starts, c, meta, device, stream, teacher=None):
         known, unknown = [], mask.clone()
         for i in range(len(x)):
             kinds = [k for k in meta["known"] if i >= single or k in ("nothing", "blocks", "coarse")] or ["nothing"]
-            m, factor = data.random_known(rng, kinds, T, *climate.size)
+            m, factor = data.random_known(rng, kinds, diffusion.FACTORS, T, *climate.size)
             whole = diffusion.Observation(mask[i : i + 1], torch.from_numpy(m).expand(1, x.shape[1], *m.shape), factor)
             whole.mask = whole.mask * (whole.A(mask[i : i + 1]) > 0.999)  # a mean over missing cells is not known
             whole.y = whole.A(x[i : i + 1])
@@ -622,7 +634,7 @@ def make_network(c, climate, meta):
     """An untrained network for this data and these settings."""
     C, blank = len(climate.names), condition_channels(meta, torch.zeros(1, len(climate.names), 1, 1, 1), torch.zeros(1))
     wrap = climate.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
-    network = UNet(Config(C, 2 * C * c.linear_skip + (0 if blank is None else blank.shape[1]), c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap))
+    network = UNet(Config(C, (2 + bool(meta["known"])) * C * c.linear_skip + (0 if blank is None else blank.shape[1]), c.width, tuple(int(m) for m in c.mults.split(",")), c.blocks, c.patch, wrap_x=wrap))
     network.checkpoint_activations = c.checkpoint_activations
     return network
 
