@@ -264,8 +264,8 @@ def test_linear_part_given_what_is_known(param):
         expected = m + C @ rows.T @ torch.linalg.solve(rows @ C @ rows.T + noise.diag(), values - rows @ m)
         error = (x_hat[i].flatten() - expected).norm() / (x_hat[i].flatten() - m).norm()
         assert error < 2e-3  # conjugate gradients stop at a thousandth
-    short = D.linear_part(z.requires_grad_(), logsnr, mean, w, axes, param, torch.cat([k.channels() for k in known]))[4]
-    assert (short - x_hat).norm() / (x_hat - mean).norm() < 0.02  # sixteen steps are enough
+    short = D.linear_part(z.requires_grad_(), logsnr, mean, w, axes, param, torch.cat([k.channels() for k in known]), steps=8)[4]
+    assert (short - x_hat).norm() / (x_hat - mean).norm() < 1e-3  # a few steps are enough
     assert torch.autograd.grad(short.sum(), z)[0].isfinite().all()  # also where nothing is known
 
 
@@ -1637,7 +1637,7 @@ def test_modes_of_other_lengths(kind):
     for T in (1, 5, 12):
         exact = field(T).reshape(36 * T, 36 * T)
         error = lambda w, axes: (covariance(w, axes) - exact).norm() / exact.norm()
-        assert error(*D.modes_of_length(w, axes, T)) < error(*of(field(T))) + 0.01
+        assert error(*D.modes_of_length(w, axes, T)) < error(*of(field(T))) + (0.001 if kind == "rows" else 0.01)
     for seed in range(3):  # frames anything but stationary: no covariance by lag, and still no growth
         g = torch.Generator().manual_seed(seed)
         axes = [torch.linalg.qr(torch.randn(*n, generator=g, dtype=torch.float64))[0] for n in (((1 + (kind == "rows"), 12, 12), (2, 2)) if together else ((4, 4), (2, 2), (3, 3)))]
