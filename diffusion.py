@@ -258,10 +258,12 @@ def known_projection(weight):
 
     weight (B, C, T, H, W): 1, or 1 / factor^2 for block means, each clip with a factor of its own.
     """
-    factors = [f for f in (1, *FACTORS) if not any(n % f for n in weight.shape[-2:])]
-    chosen = [(f, ((weight * f**2 - 1).abs() < 0.01).to(weight)) for f in factors]
-    means = lambda x, f: x if f == 1 else interpolate_nearest(avg_pool3d(x, (1, f, f)), scale_factor=(1.0, f, f))
-    return lambda x: sum(which * means(x, f) for f, which in chosen)
+    parts = []
+    for f in (1, *FACTORS):
+        if not any(n % f for n in weight.shape[-2:]):
+            which = ((weight * f**2 - 1).abs() < 0.01).to(weight)
+            parts.append(Observation(which, avg_pool3d(which, (1, f, f)), f))  # y is not asked for
+    return lambda x: sum(known.lift(known.A(x)) for known in parts)
 
 
 def linear_part(z, logsnr, mean, w, axes, param, known=None, steps=16):
@@ -661,10 +663,11 @@ class Observation:
     factor: int = 1
 
     def A(self, x):
-        return self.mask * avg_pool3d(x, (1, self.factor, self.factor))
+        return self.mask * (x if self.factor == 1 else avg_pool3d(x, (1, self.factor, self.factor)))
 
     def lift(self, u):
-        return interpolate_nearest(self.mask * u, scale_factor=(1.0, self.factor, self.factor))
+        u = self.mask * u
+        return u if self.factor == 1 else interpolate_nearest(u, scale_factor=(1.0, self.factor, self.factor))
 
     def project(self, x):
         """The field nearest to x that agrees with y."""
