@@ -251,6 +251,7 @@ def modes_of_length(w, axes, T):
 
 FACTORS = (2, 4, 8)  # sides of the block means that a network is told in training
 TOLD_STD = 0.2  # of cells about what is told of them, to the linear part alone: it then leaves them to z where that says more, and is found in fewer steps
+NEARLY = 0.02  # the same where a network's estimate is moved
 
 
 def known_projection(weight):
@@ -266,6 +267,19 @@ def known_projection(weight):
     return lambda x: sum(known.lift(known.A(x)) for known in parts)
 
 
+def shift_to_known(P, missing, v, axes, std=TOLD_STD, steps=16):
+    """V P (P V P + std^2)^-1 missing: how far E[x | z] moves when its known part P x is off by `missing` (B, C, T, H, W).
+
+    P: a projection like that of known_projection. V = Cov[x | z] has the variances v (B, C, T, H, W) in the modes, axes as in
+    to_modes. By conjugate gradients, at most `steps` of them, preconditioned by the inverse of V, cut to what is known. The
+    known cells are taken to be within std: the larger it is the fewer steps are needed, and where frames are known fewer
+    than where there are holes.
+    """
+    scaled = lambda x, v: to_modes(v * to_modes(x, axes), axes, inverse=True)
+    S = lambda u: P(scaled(u, v)) + std**2 * u
+    return scaled(conjugate_gradients(S, missing, steps, lambda r: P(scaled(r, 1 / (v + std**2))), tolerance=1e-8), v)
+
+
 def linear_part(z, logsnr, mean, w, axes, param, known=None, steps=16):
     """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
@@ -277,10 +291,7 @@ def linear_part(z, logsnr, mean, w, axes, param, known=None, steps=16):
     the variance of v that is unknown times the share of it that z tells of. It goes to 0 in pure noise, where x_hat is the
     mean of the data whatever their law, and to 1 without noise.
 
-    known: Observation.channels(), (B, 2C, T, H, W). F and x_hat are then given y as well: x_hat moves as in moment_matching,
-    with the variance sigma^2 w / (alpha^2 w + sigma^2) of every mode given z, by conjugate gradients, at most `steps` of them.
-    They are preconditioned by the inverse of that covariance, cut to what is known, and the known cells are taken to be
-    within TOLD_STD: so they converge in a few steps where frames are known, and in more where there are holes.
+    known: Observation.channels(), (B, 2C, T, H, W). F and x_hat are then given y as well.
     """
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
@@ -290,11 +301,9 @@ def linear_part(z, logsnr, mean, w, axes, param, known=None, steps=16):
     x, eps = to_modes(torch.stack([alpha * w / total * Z, sigma / total * Z]), axes, inverse=True)
     x_hat, F = mean + x, a * (mean + x) + b * eps
     if known is not None:
-        (y, weight), v = known.chunk(2, 1), sigma**2 * w / total
-        P, scaled = known_projection(weight), lambda x, v: to_modes(v * to_modes(x, axes), axes, inverse=True)
-        S = lambda u: P(scaled(u, v)) + TOLD_STD**2 * u
-        u = conjugate_gradients(S, y - P(x_hat), steps, lambda r: P(scaled(r, 1 / (v + TOLD_STD**2))), tolerance=1e-8)
-        shift = scaled(u, v)
+        y, weight = known.chunk(2, 1)
+        P = known_projection(weight)
+        shift = shift_to_known(P, y - P(x_hat), sigma**2 * w / total, axes, steps=steps)
         x_hat, F = x_hat + shift, F + (a - b * alpha / sigma) * shift  # eps moves by -alpha / sigma times as much
     return F, rest, x / std, eps, x_hat
 
@@ -721,6 +730,22 @@ def moment_matching(denoise, known, steps=8, std=0.0):
         V_At = lambda u: sigma**2 / alpha * torch.autograd.grad(seen, z, u, retain_graph=True)[0]
         u = conjugate_gradients(lambda u: std**2 * u + known.A(V_At(u)), known.y - seen.detach(), steps)
         x_hat = x_hat.detach() + V_At(u)
+        return x_hat if std else known.project(x_hat)
+
+    return guided
+
+
+def linear_matching(denoise, known, w, axes, std=0.0):
+    """moment_matching with V = Cov[x | z] of the linear part, variance sigma^2 w / (alpha^2 w + sigma^2) of every mode.
+
+    No derivative of the network is needed, and as exact for Gaussian data. w (C, T, H, W), axes: as in linear_part. Where
+    std is 0 y is met exactly, and taken to be within NEARLY when what is unknown follows it.
+    """
+
+    def guided(z, logsnr):
+        x_hat, (alpha, sigma, _, _) = denoise(z, logsnr), scales(logsnr, z)
+        P = lambda x: known.lift(known.A(x))
+        x_hat = x_hat + shift_to_known(P, known.lift(known.y) - P(x_hat), sigma**2 * w / (alpha**2 * w + sigma**2), axes, std or NEARLY)
         return x_hat if std else known.project(x_hat)
 
     return guided

@@ -48,14 +48,14 @@ input = ""  # file with the fields that are given; empty takes held-out clips
 known = 2  # frames known to forecast, hindcast and bridge, and handed from window to window of a long sequence
 every = 2  # of interpolate: every n-th frame is known
 factor = 4  # of superres: means over factor x factor cells are known
-length = 0  # frames of the result; 0 is one window (extend: four, loop: until it closes)
-frames = 0  # frames of a window, what the network sees at once; 0 is as trained
+length = 0  # frames of the result; 0 is as trained (extend: eight times that, loop: until it closes)
+frames = 0  # frames of a window, drawn together; 0 is as trained, of longer sequences up to four times that
 reverse = False  # of extend: backwards in time
 members = 1  # draws for each condition, an ensemble; num_samples / members conditions
-method = "auto"  # trained (a checkpoint of train.py --condition=known), moment_matching, guidance (reconstruction), imputation; auto is the first possible
+method = "auto"  # trained (a checkpoint of train.py --condition=known), linear (moment matching with the covariance of the linear part), moment_matching, guidance (reconstruction), imputation; auto is the first possible
 guidance_weight = 3.0  # of method guidance
 cg_steps = 8  # of method moment_matching: conjugate gradients, each a backward pass through the network
-obs_std = 0.0  # of method moment_matching: error of what is known, in standard deviations; 0 is met exactly
+obs_std = 0.0  # of methods linear and moment_matching: error of what is known, in standard deviations; 0 is met exactly
 guidance_scale = 1.0  # what conditions that the network was trained with count: 0 nothing, 1 as they are, above 1 exaggerated
 edit_logsnr = -2.0  # of edit: how far the fields are noised; lower keeps less
 theory = False  # also draw theory.png: schedules, the forward process, x_hat step by step
@@ -74,7 +74,7 @@ dry = 0.0  # a variable with a floor (rain) is dry up to this much above it, in 
 
 FRAME_MASKS = {"forecast": "prefix", "hindcast": "suffix", "interpolate": "every", "bridge": "ends"}
 GIVEN = (*FRAME_MASKS, "inpaint", "superres")  # tasks with known entries
-METHODS = ("trained", "moment_matching", "guidance", "imputation")
+METHODS = ("trained", "linear", "moment_matching", "guidance", "imputation")
 CHOICES = {"experiment": ("", "dissertation", "ablation"), "task": ("generate", *GIVEN, "extend", "loop", "edit", "encode", "morph"), "method": ("auto", *METHODS), "sampler": ("auto", *diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
 
 
@@ -89,8 +89,8 @@ def check(c):
     for name, default, key, owners in (
         ("eta", 0.0, "sampler", ("ddim",)), ("noise_until", -1.0, "sampler", ("auto", "dpmpp_sde")), ("variance", 0.0, "sampler", ("ancestral",)), ("churn", 0.0, "sampler", ("heun",)), ("corrections", 0, "sampler", ("pc", "langevin")),
         ("snr", 0.16, "sampler", ("pc", "langevin")), ("edit_logsnr", -2.0, "task", ("edit",)), ("every", 2, "task", ("interpolate",)), ("factor", 4, "task", ("superres",)),
-        ("reverse", False, "task", ("extend",)), ("members", 1, "task", (*GIVEN, "extend", "loop")), ("guidance_weight", 3.0, "method", ("guidance",)), ("cg_steps", 8, "method", ("auto", "moment_matching")),
-        ("obs_std", 0.0, "method", ("auto", "moment_matching")), ("method", "auto", "task", (*GIVEN, "extend", "loop", "generate")), ("length", 0, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
+        ("reverse", False, "task", ("extend",)), ("members", 1, "task", (*GIVEN, "extend", "loop")), ("guidance_weight", 3.0, "method", ("guidance",)), ("cg_steps", 8, "method", ("moment_matching",)),
+        ("obs_std", 0.0, "method", ("auto", "linear", "moment_matching")), ("method", "auto", "task", (*GIVEN, "extend", "loop", "generate")), ("length", 0, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
         ("frames", 0, "task", ("generate", *GIVEN, "extend", "loop")), ("known", 2, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
     ):  # fmt: skip
         require(getattr(c, name) == default or getattr(c, key) in owners, f"--{name} belongs to --{key}={' or '.join(owners)}, not {getattr(c, key)}")
@@ -110,8 +110,9 @@ def pose(c, settings, meta):
     None; windows, the clips to draw in turn (data.windows); told (R, K, L, H, W) or None; hours (R, L) of the calendar;
     reference, the frame that lead times count from.
     """
-    T, R, K, size, record = c.frames or settings.frames, c.num_samples // c.members, c.known, tuple(meta["size"]), None
-    L = c.length or {"extend": 4 * T, "loop": 2 * (T - K)}.get(c.task, T)
+    trained, R, K, size, record = settings.frames, c.num_samples // c.members, c.known, tuple(meta["size"]), None
+    L = c.length or {"extend": 8 * trained, "loop": 2 * ((c.frames or trained) - K)}.get(c.task, c.frames or trained)
+    T = c.frames or min(max(trained, L // 2 + K if c.task == "loop" else L), 4 * trained)
     require(K < min(T, L) or c.task not in ("forecast", "hindcast", "bridge", "extend", "loop"), f"--known={K} leaves nothing of {min(T, L)} frames to draw")
     require(K < T or L <= T, f"--known={K} frames handed from window to window of {T} leave nothing to draw")
     require(L >= T or c.task not in ("extend", "loop"), f"--length={L} is less than a window of {T} frames")
@@ -133,7 +134,7 @@ def pose(c, settings, meta):
             require(len(record) < 2 or abs(record.step_hours / meta["step_hours"] - 1) < 0.1, f"--input={c.input} has a frame every {record.step_hours:g} hours; the checkpoint needs one every {meta['step_hours']:g}")
         if record.size != size and meta["conditions"]:
             record.extras |= {k: v for k, v in train.open_trained(settings, meta).extras.items() if v.ndim == 2}  # static fields on the fine grid
-        n = {"extend": T, "loop": T, "bridge": K}.get(c.task, L)  # frames to read of every clip
+        n = {"extend": min(T, trained), "loop": min(T, trained), "bridge": K}.get(c.task, L)  # frames to read of every clip
         starts = data.runs(record, n) if c.input else data.split_windows(record, settings.frames, max(n, settings.frames))[1]
         if not len(starts) and c.task in ("forecast", "hindcast"):  # only the known frames: nothing to verify with
             n, starts = K, data.runs(record, K)
@@ -190,6 +191,8 @@ def guided(c, run, settings, meta, known, told):
         denoise = diffusion.classifier_free(denoise, plain(None, None), c.guidance_scale)
     if not known.mask.any():
         return denoise
+    if c.method == "linear":
+        return diffusion.linear_matching(denoise, known, *run.modes(z.shape[2]), c.obs_std)
     if c.method == "moment_matching":
         return diffusion.moment_matching(denoise, known, c.cg_steps, c.obs_std)
     if c.method == "guidance":
@@ -702,11 +705,11 @@ def main(argv=None):
         exact = exact_denoiser(*(a.to(device) for a in law))
     drawn_by = fingerprint(c, out / "ckpt.pt")
     if c.method == "auto":
-        c.method = "trained" if meta["known"] else "moment_matching"
-    require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=moment_matching")
-    require(c.method != "trained" or problem.factor in (1, *diffusion.FACTORS), f"--factor={c.factor} is not one of {diffusion.FACTORS}, the block means that networks are trained with: use --method=moment_matching")
-    require(c.method == "moment_matching" or (c.obs_std == 0 and c.cg_steps == 8), f"--obs_std and --cg_steps belong to --method=moment_matching, not {c.method}")
-    require(c.obs_std == 0 or len(problem.windows) == 1, f"--obs_std belongs to a single window of {c.frames or settings.frames} frames: what one window draws is exact to the next")
+        c.method = "trained" if meta["known"] else "linear"
+    require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=linear")
+    require(c.method != "trained" or problem.factor in (1, *diffusion.FACTORS), f"--factor={c.factor} is not one of {diffusion.FACTORS}, the block means that networks are trained with: use --method=linear")
+    require(c.obs_std == 0 or c.method in ("linear", "moment_matching"), f"--obs_std belongs to --method=linear or moment_matching, not {c.method}")
+    require(c.obs_std == 0 or len(problem.windows) == 1, f"--obs_std belongs to a single window of {len(problem.windows[0][0])} frames: what one window draws is exact to the next")
     require(c.guidance_scale == 1 or meta["conditions"] or c.method == "trained", "--guidance_scale needs a checkpoint of train.py with --condition")
     if compiled:
         network.compile_blocks()

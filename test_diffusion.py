@@ -1432,6 +1432,13 @@ class GaussianField:
         alpha, sigma, _, _ = D.scales(logsnr, z.flatten(1))
         return ((alpha * self.w / (alpha**2 * self.w + sigma**2) * (z.flatten(1) @ self.U)) @ self.U.T).reshape(z.shape)
 
+    def linear_matching(self, known, std=0.0):
+        """A guided denoiser from D.linear_matching: the cells of a clip in a row, which any covariance has modes of."""
+        row, clip = lambda x: x.reshape(len(x), 1, 1, 1, -1), lambda x: x.reshape(-1, *self.shape)
+        seen = SimpleNamespace(y=known.y, A=lambda x: known.A(clip(x)), lift=lambda u: row(known.lift(u)), project=lambda x: row(known.project(clip(x))))
+        guided = D.linear_matching(lambda z, l: row(self.denoise(clip(z), l)), seen, row(self.w[None])[0], [self.U.T[None], torch.eye(1).double()], std)
+        return lambda z, l: clip(guided(row(z), l))
+
     def posterior(self, known, noise=0.0):
         """Mean and standard deviation of x given one Observation, by the textbook formula, and where x is unknown."""
         basis = torch.eye(len(self.w), dtype=torch.float64).reshape(-1, *self.shape)
@@ -1479,6 +1486,7 @@ METHODS = {
     "guidance, weight 1": lambda f: lambda known: D.reconstruction_guidance(f.denoise, known, 1.0),
     "guidance, weight 3": lambda f: lambda known: D.reconstruction_guidance(f.denoise, known, 3.0),
     "guidance, weight 10": lambda f: lambda known: D.reconstruction_guidance(f.denoise, known, 10.0),
+    "linear": lambda f: f.linear_matching,
     "moment matching, 8 products": lambda f: lambda known: D.moment_matching(f.denoise, known, 8),
     "moment matching, 32 products": lambda f: lambda known: D.moment_matching(f.denoise, known, 32),
 }
@@ -1495,10 +1503,11 @@ def conditional_errors(field, kind, method):
 
 
 @pytest.mark.parametrize("kind", ["frames", "every second", "cells", "means"])
-def test_moment_matching_draws_from_the_exact_conditional(kind):
+def test_matching_draws_from_the_exact_conditional(kind):
     field = GaussianField(4, 6)
-    mean, std = conditional_errors(field, kind, "moment matching, 32 products")
-    assert mean < 0.02 and abs(std - 1) < 0.03
+    for method in ("moment matching, 32 products", "linear"):
+        mean, std = conditional_errors(field, kind, method)
+        assert mean < 0.02 and abs(std - 1) < 0.03
     rough, wide = conditional_errors(field, kind, "imputation")
     assert rough > 0.2 and wide > 1.08  # what the tables of the literature say of replacement: inconsistent, too wide
 
@@ -1512,12 +1521,13 @@ def test_conditional_table(capsys):
             print(f"| {method} | " + " | ".join("{:.3f}, {:.3f}".format(*conditional_errors(field, kind, method)) for kind in kinds) + " |")
 
 
-def test_moment_matching_with_noisy_observations():
+def test_matching_with_noisy_observations():
     field = GaussianField(3, 4)
     known = field.known("cells", field.draw(1))
     mean, _, _ = field.posterior(known, noise=0.5)
     z, l = torch.zeros(1, *field.shape, dtype=torch.float64), f64([-25.0])  # in pure noise E[x | z, y] = E[x | y]
     torch.testing.assert_close(D.moment_matching(field.denoise, known, 60, 0.5)(z, l).flatten(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(field.linear_matching(known, 0.5)(z, l).flatten(), mean, rtol=1e-3, atol=1e-3)  # its iteration stops there
 
 
 def test_guidance_is_per_sample_and_a_sum():
@@ -1533,6 +1543,9 @@ def test_guidance_is_per_sample_and_a_sum():
         for i in range(3):
             alone = wrap(D.Observation(known.y[i : i + 1], known.mask[i : i + 1]))(z[i : i + 1], l[i : i + 1])
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-11)
+    together, others = field.linear_matching(known)(z, l), D.Observation(known.y.roll(1, 0), known.mask)
+    others.y[0] = known.y[0]
+    assert torch.equal(field.linear_matching(others)(torch.cat([z[:1], z[1:] + 1]), l)[0], together[0])
     w, alpha, sigma = 0.3, *D.alpha_sigma(l)  # white data: x_hat = g z, so grad |y - m x_hat|^2 = -2 g m (y - g z)
     g = D.expand(alpha * w / (alpha**2 * w + sigma**2), z)
     guided = D.reconstruction_guidance(gaussian_denoiser(w), known, 2.0)(z, l)
@@ -1681,6 +1694,38 @@ def test_the_network_sees_the_linear_estimates(monkeypatch, tmp_path):
         close(apart[::2, :, t : t + 1], alone[::2])
         for i in (0, 2):
             close(both[i][::2, :, t : t + 1], seen[-1][i][::2])
+
+
+@torch.no_grad()
+def test_the_network_sees_a_long_clip_in_pieces(monkeypatch, tmp_path):
+    """It is given no other number of frames than in training, and what it adds is there in full everywhere, once, without a jump."""
+    climate = small_builtin(monkeypatch, tmp_path, "climate", 6, 20, 40)
+    starts, c = np.arange(20) * 40, SimpleNamespace(frames=4, param="v", linear_skip=True)
+    transform = data.fit_transform(climate, starts, 4, "cbrt")
+    meta = {"known": True, "conditions": [], "masked": False, "transform": transform, **train.fit_linear(climate, starts, c, transform)}
+    z, l = torch.randn(2, 1, 11, 6, 6), torch.tensor([-3.0, 4.0])
+    cond = torch.cat([torch.randn(z.shape), torch.ones(z.shape)], 1)  # told everywhere: what is added is not scaled
+    made = {}
+
+    def run_of(network):
+        made.clear()
+
+        def spy(eps, logsnr, seen, mix):
+            made[len(made)] = seen[:, -2:]  # cond
+            return network(seen)
+
+        return train.run_network(spy, torch.device("cpu"), torch.float32, c, meta)
+
+    linear = D.linear_part(z, l, meta["mean"], *D.modes_of_length(meta["modes"], meta["axes"], 11), "v", cond)[0]
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(run_of(lambda seen: seen[:, -2:-1].square())(z, l, cond), linear + cond[:, :1].square())  # of each cell by itself: no piece matters
+    assert [made[i].shape[2] for i in range(len(made))] == [4] * 5
+    for i, start in enumerate((0, 2, 4, 6, 7)):
+        assert torch.equal(made[i], cond[:, :, start : start + 4])
+    at = torch.arange(4.0)[:, None, None]  # where in its piece a frame is
+    added = (run_of(lambda seen: at.expand(2, 1, 4, 6, 6))(z, l, cond) - linear)[0, 0, :, 0, 0]
+    close(added, torch.tensor([0, 1, *[1.5] * 5, 1.2, 1.5, 2.25, 3]))  # (3, 1) of 4, frame 7 (1, 3, 1) of 5, frame 8 (3, 3) of 6
+    assert run_of(lambda seen: seen[:, :1])(z[:, :, :4], l, cond[:, :, :4]).shape[2] == 4 and len(made) == 1
 
 
 def test_checkpointed_activations_give_the_same_gradient():
@@ -1913,21 +1958,23 @@ def exact_network(field):
             x_hat = (field.denoise(z_raw, raw) - mean) / std
             return ((alpha * z - x_hat) / sigma).to(z)
 
+        run.modes = lambda T: D.modes_of_length(meta["modes"], meta["axes"], T)
         return run
 
     return make
 
 
-def test_an_ensemble_of_exact_forecasts_is_calibrated(monkeypatch, tmp_path):
-    """sample.py from end to end with the exact denoiser: moment matching forecasts have the exact error and spread."""
+@pytest.mark.parametrize("method", [["--method=moment_matching", "--cg_steps=24"], ["--method=auto"]])
+def test_an_ensemble_of_exact_forecasts_is_calibrated(method, monkeypatch, tmp_path):
+    """sample.py from end to end with the exact denoiser: forecasts have the exact error and spread; linear with fitted modes."""
     small_builtin(monkeypatch, tmp_path, "gaussian", size=6, seasons=20, hours=200)
     monkeypatch.chdir(tmp_path)
     args = ["--dataset=gaussian", "--size=6", "--frames=4", "--width=16", "--mults=1", "--patch=2", "--max_iters=1", "--batch_size=2", "--eval_iters=1", "--device=cpu", "--dtype=float32"]
     train.main(args)
     field = GaussianField(4, 6)
     monkeypatch.setattr(train, "run_network", exact_network(field))
-    draw = ["--task=forecast", "--known=2", "--members=8", "--num_samples=640", "--batch_size=640", "--sampler=dpmpp", "--steps=24", "--cg_steps=24", "--device=cpu", "--dtype=float32"]
-    sample.main(draw)
+    draw = ["--task=forecast", "--known=2", "--members=8", "--num_samples=640", "--batch_size=640", "--sampler=dpmpp", "--steps=24", "--device=cpu", "--dtype=float32"]
+    sample.main([*draw, *method])
     r = json.loads((tmp_path / "out/samples/verify.json").read_text())["z"]["ensemble"]
     assert abs(r["spread_skill"][0] - 1) < 0.06 and np.abs(np.array(r["rank_histogram"]) * 9 - 1).max() < 0.2
     _, std, _ = field.posterior(field.known("frames", field.draw(1)))
@@ -1941,7 +1988,7 @@ def test_an_ensemble_of_exact_forecasts_is_calibrated(monkeypatch, tmp_path):
         np.testing.assert_allclose(members[:, 0, :2], np.broadcast_to(record.frames(i - 1, i + 1)[0], (8, 2, 6, 6)), atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["trained", "moment_matching", "guidance", "imputation"])
+@pytest.mark.parametrize("method", ["trained", "linear", "moment_matching", "guidance", "imputation"])
 def test_every_task_meets_what_is_known(method, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     x = np.cumsum(rng.normal(size=(80, 8, 8)), 0).astype(np.float32)
@@ -1988,7 +2035,7 @@ def test_guided_samples_do_not_depend_on_the_batch(field, tmp_path):
     train.main([*field, "--max_iters=2"])
     drawn = []
     for size in (1, 4):
-        sample.main([f"--out_dir={tmp_path}/out", "--task=forecast", "--members=2", "--num_samples=4", f"--batch_size={size}", "--steps=3", "--cg_steps=3", "--device=cpu", "--dtype=float32", "--verify=false"])
+        sample.main([f"--out_dir={tmp_path}/out", "--task=forecast", "--members=2", "--num_samples=4", f"--batch_size={size}", "--steps=3", "--method=moment_matching", "--cg_steps=3", "--device=cpu", "--dtype=float32", "--verify=false"])
         drawn.append(np.load(tmp_path / "out/samples/samples.npz")["samples"])
     np.testing.assert_allclose(*drawn, rtol=1e-3, atol=1e-4)
     assert np.abs(drawn[0][:, 0] - drawn[0][:, 1])[:, :, -1].max() > 1e-2  # members differ
@@ -2001,7 +2048,7 @@ def test_land_stays_unknown_from_window_to_window(field, tmp_path, monkeypatch):
     train.main([*field, "--max_iters=2", "--condition=known"])
     parts, guided = [], sample.guided
     monkeypatch.setattr(sample, "guided", lambda c, run, settings, meta, known, told: parts.append((known.y.clone(), known.mask.clone())) or guided(c, run, settings, meta, known, told))
-    sample.main([f"--out_dir={tmp_path}/out", "--task=extend", "--length=6", "--num_samples=1", "--steps=2", "--device=cpu", "--dtype=float32", "--verify=false"])
+    sample.main([f"--out_dir={tmp_path}/out", "--task=extend", "--length=6", "--frames=4", "--num_samples=1", "--steps=2", "--device=cpu", "--dtype=float32", "--verify=false"])
     assert all((y[mask == 0] == 0).all() for y, mask in parts) and len(parts) == 2
     masks = [mask for _, mask in parts]
     assert len(masks) == 2 and masks[0].max() == 0  # nothing is known of the first window
@@ -2346,10 +2393,10 @@ def bad(script, line, message):
     bad(sample, "--out_dir=ok --task=edit --edit_logsnr=50", "outside the grid"), bad(sample, "--out_dir=ok --task=edit --input=nowhere", "neither"), bad(sample, "--out_dir=ok --task=edit --input=other_grid.npy", "the checkpoint needs"),
     bad(sample, "--out_dir=ok --task=forecast --known=4", "leaves nothing"), bad(sample, "--out_dir=ok --task=superres --factor=4", "does not divide"), bad(sample, "--out_dir=ok --method=trained", "--condition=known"), bad(sample, "--members=2", "belongs to"),
     bad(sample, "--task=forecast --members=3", "multiple of"), bad(sample, "--every=3", "belongs to"), bad(sample, "--task=superres --known=3", "belongs to"), bad(sample, "--out_dir=ok --method=imputation --task=forecast --obs_std=0.1", "belongs to"), bad(sample, "--out_dir=ok --task=extend --length=3", "less than a window"), bad(sample, "--out_dir=ok --task=loop --known=1 --length=4", "at least 6"),
-    bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
+    bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --method=moment_matching --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --cg_steps=9", "belongs to"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
     bad(sample, "--out_dir=ok --guidance_scale=2", "needs a checkpoint"), bad(sample, "--out_dir=ok --task=forecast --length=99", "no 99 consecutive frames"),
     bad(train, "--dataset=good.npy --frames=4 --condition=hour", "calendar"), bad(train, "--dataset=good.npy --frames=4 --condition=hill", "is not one of known"), bad(train, "--image_share=1", "[0, 1)"),
-    bad(train, "--image_share=0.1 --batch_size=4", "less than one clip"), bad(sample, "--out_dir=ok --length=24 --known=10", "leave nothing to draw"), bad(sample, "--dry=-1", "at least 0"), bad(sample, "--out_dir=ok --task=forecast --length=4 --frames=3 --obs_std=0.1", "single window"),
+    bad(train, "--image_share=0.1 --batch_size=4", "less than one clip"), bad(sample, "--out_dir=ok --length=24 --frames=4 --known=10", "leave nothing to draw"), bad(sample, "--dry=-1", "at least 0"), bad(sample, "--out_dir=ok --task=forecast --length=4 --frames=3 --obs_std=0.1", "single window"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_changes_nothing(script, args, message, bad_files, capsys, monkeypatch):
     monkeypatch.chdir(bad_files)

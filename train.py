@@ -201,36 +201,53 @@ def run_network(network, device, dtype, c, meta):
 
     It sees the linear estimates of eps and x in place of z, the distance from the lowest value and, if it can be told parts of
     clips, the estimate of x given those. The scale, which goes to 0 in pure noise, is 1 for a clip that is told something:
-    then there is more to say.
+    then there is more to say. Of a clip longer than those trained on the linear part sees the whole, the network pieces as
+    long as those, and what it adds fades from one to the next over the half they share: so all of the clip is one weather,
+    however long, and nothing is asked of the network that it has not learnt. run.modes(T) are the modes of T frames.
     """
     mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
     modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
     linear_part = lambda z, logsnr, known: diffusion.linear_part(z, logsnr, mean, *modes_of_length(z.shape[2]), c.param, known)
     first = len(mean) * meta["masked"]  # of the channels of cond that say what is known, or told
+    known_part = lambda cond: cond[:, first : first + 2 * len(mean)] if meta["known"] else None
 
-    def run(z, logsnr, cond=None, mix=None):
+    def parts(z, logsnr, cond, mix):  # what the linear part says, what the network adds
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         if not c.linear_skip:
             with autocast:
-                return network(z, logsnr, cond, mix).float()
-        known = cond[:, first : first + 2 * len(mean)] if meta["known"] else None
-        parts = linear_part(z, logsnr, known)
+                return 0.0, network(z, logsnr, cond, mix).float()
+        known = known_part(cond)
+        estimates = linear_part(z, logsnr, known)
         if mix is not None:  # unrelated frames, each a clip of its own
             T = z.shape[2]
             alone = [None if a is None else rearrange(a, "b c t h w -> (b t) c 1 h w") for a in (z, known)]
             alone = linear_part(alone[0], logsnr.repeat_interleave(T), alone[1])
             alone = [rearrange(p, "(b t) c 1 h w -> b c t h w", t=T) for p in alone]
-            parts = [torch.where(diffusion.expand(mix, z) > 0, *both) for both in zip(parts, alone)]
-        linear, rest, x, eps, x_hat = parts
+            estimates = [torch.where(diffusion.expand(mix, z) > 0, *both) for both in zip(estimates, alone)]
+        linear, rest, x, eps, x_hat = estimates
         if meta["known"] or meta["conditions"]:
             told = (cond[:, first:] != 0).flatten(1).any(1)
             rest = torch.where(diffusion.expand(told, rest), 1.0, rest)
         low = torch.stack([torch.full((1, 1, 1), f["low"], device=device) for f in meta["transform"]])  # moves while a transform is learnt
         seen = [x, diffusion.above_lowest(z, logsnr, low), *([x_hat] if meta["known"] else []), *([] if cond is None else [cond])]
         with autocast:
-            F = network(eps, logsnr, torch.cat(seen, 1), mix).float()
-        return linear + rest * F
+            return linear, rest * network(eps, logsnr, torch.cat(seen, 1), mix).float()
 
+    def run(z, logsnr, cond=None, mix=None):
+        n, T = c.frames, z.shape[2]
+        if T <= n:
+            linear, added = parts(z, logsnr, cond, mix)
+            return linear + added
+        linear = linear_part(z, logsnr, known_part(cond))[0] if c.linear_skip else 0.0
+        total, weight, t = torch.zeros_like(z), z.new_zeros(T, 1, 1), torch.arange(n, device=device)
+        share = (2.0 * torch.minimum(t, n - 1 - t) + 1)[:, None, None]  # (n, 1, 1)
+        for start in [*range(0, T - n, max(n // 2, 1)), T - n]:
+            piece = slice(start, start + n)
+            total[:, :, piece] += share * parts(z[:, :, piece], logsnr, None if cond is None else cond[:, :, piece], None)[1]
+            weight[piece] += share
+        return linear + total / weight
+
+    run.modes = modes_of_length
     return run
 
 
