@@ -33,7 +33,7 @@ out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one
 batch_size = 32  # clips at a time; does not change the result
 steps = 0  # sampler steps; 0 is 64, or those that a distilled student has
-sampler = "auto"  # auto (dpmpp_sde; dpmpp where a part is known; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
+sampler = "auto"  # auto (dpmpp_sde; dpmpp where a part is given; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
 spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
 noise_until = -1.0  # of dpmpp_sde: log-SNR up to which steps add noise; beyond it they are those of dpmpp
@@ -208,7 +208,7 @@ def encode(denoise, x, grid):
 
 
 def make_step(c, known=False):
-    """The sampler's step function with its options; auto is dpmpp for a clip of which a part is known, else dpmpp_sde."""
+    """The sampler's step function with its options; auto is dpmpp for a window of which a part is given, else dpmpp_sde."""
     name = ("dpmpp" if known else "dpmpp_sde") if c.sampler == "auto" else c.sampler
     options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "dpmpp_sde": {"until": c.noise_until}, "heun": {"churn": c.churn}}
     options |= {name: {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {}) for name in ("pc", "langevin")}
@@ -731,7 +731,7 @@ def main(argv=None):
     mine = missing[rank::world]
     start = time.perf_counter()
     given = None if problem.truth is None else data.normalise(problem.truth, meta["transform"])[0].to(device)
-    valid, conditional = torch.ones(()) if c.exact else meta["valid"].to(device), bool(problem.mask.any())
+    valid = torch.ones(()) if c.exact else meta["valid"].to(device)
     if c.task == "morph":
         pair = guided(c, run, settings, meta, diffusion.Observation(*(a[[0, -1]].to(device) for a in (problem.y, problem.mask))), None)
         ends = encode(pair, given[[0, -1]], grid)
@@ -740,7 +740,7 @@ def main(argv=None):
             indices = mine[first : first + c.batch_size]
             rows, noise = [i // c.members for i in indices], generators(c.seed, indices)
             y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
-            for turn, (window, keep) in enumerate(problem.windows):
+            for window, keep in problem.windows:
                 known = diffusion.Observation(y[:, :, window], mask[:, :, window], problem.factor)
                 denoise = exact if c.exact else guided(c, run, settings, meta, known, None if problem.told is None or c.task == "morph" else problem.told[rows][:, :, window].to(device))
                 if c.task == "edit":
@@ -752,7 +752,7 @@ def main(argv=None):
                 else:  # at the first level the mean of the field, given what is known, shows already
                     z, level = torch.zeros_like(known.lift(known.y)), grid[:1].expand(len(rows))
                     z = diffusion.diffuse(denoise(z, level.to(device)), level, noise(z))
-                for z, _ in diffusion.sample(denoise, z, grid, make_step(c, conditional or turn > 0), noise):
+                for z, _ in diffusion.sample(denoise, z, grid, make_step(c, bool(problem.mask[:, :, window].any())), noise):
                     bar.update(len(indices))
                 if not c.obs_std:
                     z = known.project(z)
