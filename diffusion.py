@@ -212,6 +212,9 @@ def to_modes(x, axes, inverse=False):
     return Y.T @ x if inverse else x
 
 
+ROWS = 2**26  # entries of the axes in time and x of longer clips, at most: beyond, all patterns in y share one set
+
+
 def modes_of_length(w, axes, T):
     """Mode variances (C, T0, H, W) and axes for clips of T frames instead.
 
@@ -243,7 +246,8 @@ def modes_of_length(w, axes, T):
         coefficients = torch.linalg.solve(toeplitz(r, T0 - 1), last)
     for l in range(T0, T):
         r.append(torch.cat(r[l - T0 + 1 :], -1) @ coefficients if T0 > 1 else 0 * r[0])
-    means = [a.mean((0, 2)) if len(A) > 1 else a.mean((0, 1, 2))[None] for a in r]  # (1 or H, n, n)
+    apart = len(A) > 1 and len(A) * (T * n) ** 2 <= ROWS
+    means = [a.mean((0, 2)) if apart else a.mean((0, 1, 2))[None] for a in r]  # (1 or H, n, n)
     A = principal_axis(toeplitz(means, T))
     V = sum((1 + (l > 0)) * torch.einsum("chwij,hmij->chwm", r[l], a) for l, a in enumerate(lagged(A, T))).unflatten(-1, (T, n))
     return V.movedim(-2, 1).flatten(-2).clamp(min=1e-6).to(w), [(A if together else A[0]).to(w), *axes[1:]]
@@ -399,19 +403,20 @@ def batch_posterior(x, z, logsnr):
     return x + (others @ flat).view_as(x)
 
 
-def two_ddim_steps(denoise, z, t, mid, s):
-    """The x_hat with which one DDIM step from log-SNR t to s ends where two, by way of mid, do. t, mid, s (B,), s up to inf.
+def two_steps_in_one(denoise, z, t, mid, s, modes):
+    """The x_hat with which one step of `flow` from log-SNR t to s ends where two, by way of mid, do. t, mid, s (B,), s up to inf.
 
-    Targets of progressive distillation (Salimans and Ho 2022, algorithm 2): a step is
-    z_s = c z + (alpha_s - alpha_t c) x_hat with c = sigma_s / sigma_t, solved for x_hat.
+    Targets of progressive distillation (Salimans and Ho 2022, algorithm 2, there with DDIM): Z_s = ratio Z_t + gain N twice
+    over, solved for the one N.
     """
-    at = lambda z, logsnr: denoise(z, logsnr.flatten())
     t, mid, s = (expand(l, z).to(z) for l in (t, mid, s))
-    z_mid = update(z, at(z, t), t, mid, eta=0)
-    z_s = update(z_mid, at(z_mid, mid), mid, s, eta=0)
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
-    c = sigma_s / sigma_t
-    return (z_s - c * z) / (alpha_s - alpha_t * c)
+    Z, N = to_flow(z, denoise(z, t.flatten()), t, modes)
+    (ratio, gain), (ratio_mid, gain_mid) = flow(t, mid, modes[1]), flow(mid, s.clamp(max=80), modes[1])
+    z_mid, _ = from_flow(ratio * Z + gain * N, 0, mid, modes)
+    x_mid = denoise(z_mid, mid.flatten())
+    _, N_mid = to_flow(z_mid, x_mid, mid, modes)
+    _, x_hat = from_flow(Z, (ratio_mid * gain * N + gain_mid * N_mid) / (ratio_mid * gain + gain_mid), t, modes)
+    return torch.where(s.isinf(), x_mid, x_hat)  # the last step denoises
 
 
 def prior_kl(x, logsnr_min, mask=None):
@@ -508,6 +513,7 @@ def ode_log_likelihood(denoise, x, logsnrs, probes=None):
 #   ancestral   c = r alpha_s / alpha_t      D = x_hat                  r = SNR_t / SNR_s
 #   DDIM        c = sigma_s / sigma_t        D = x_hat                  (eta between the two)
 #   DPM++(2M)   c of either (ODE or SDE)     D = x_hat extrapolated from the last two
+#   modes       c and the factor of D for every mode of the data by itself
 #   Heun        c = sigma_s / sigma_t        D = x_hat corrected with a second evaluation at s
 #   Langevin    c = alpha_s / alpha_t        (z / alpha stays) followed by Langevin steps at s
 
@@ -546,6 +552,48 @@ def multistep(denoise, z, t, s, noise, memory, eta=0.0, until=math.inf):
         x_before, t_before = memory
         D = x_hat + 0.5 * (s - t) / (t - t_before) * (x_hat - x_before)
     return update(z, D, t, s, eta if t < until else 0.0, 0.0, noise), x_hat, (x_hat, t)
+
+
+def flow(t, s, w):
+    """(ratio, gain) of the probability-flow ODE in a mode of variance w, Z_s = ratio Z_t + gain N, from log-SNR t to s, finite.
+
+    N is what an x_hat adds to Wiener's, alpha w Z / S with S = alpha^2 w + sigma^2, taken to be constant. With q = e^(logsnr / 2),
+    dZ/dlogsnr = (alpha x_hat - alpha^2 Z) / 2 gives ratio^2 = S_s / S_t and gain = (S_s / w)^1/2 [asinh(w^1/2 q)] from t to s.
+    For w = 0 it is DDIM: sigma_s / sigma_t and alpha_s - alpha_t sigma_s / sigma_t.
+    """
+    S = lambda logsnr: torch.sigmoid(logsnr) * w + torch.sigmoid(-logsnr)
+    angle = lambda logsnr: torch.asinh(w.sqrt() * (logsnr / 2).exp())
+    return (S(s) / S(t)).sqrt(), (S(s) / w).sqrt() * (angle(s) - angle(t))
+
+
+def to_flow(z, x_hat, logsnr, modes):
+    """Z and N of `flow` from z and x_hat, modes = (mean, w, axes) as in linear_part."""
+    (mean, w, axes), (alpha, sigma) = modes, alpha_sigma(logsnr)
+    Z = to_modes(z - alpha * mean, axes)
+    return Z, to_modes(x_hat - mean, axes) - alpha * w / (alpha**2 * w + sigma**2) * Z
+
+
+def from_flow(Z, N, logsnr, modes):
+    """The inverse of to_flow: z and x_hat."""
+    (mean, w, axes), (alpha, sigma) = modes, alpha_sigma(logsnr)
+    return alpha * mean + to_modes(Z, axes, inverse=True), mean + to_modes(alpha * w / (alpha**2 * w + sigma**2) * Z + N, axes, inverse=True)
+
+
+def modes_step(denoise, z, t, s, noise, memory, modes, order=2):
+    """An exponential integrator in the modes: of second order as `multistep`, exact where the data are Gaussian with these modes.
+
+    DDIM and DPM-Solver++ are exact where x_hat is constant, for data of zero variance.
+    """
+    x_hat = denoise(z, t)
+    if math.isinf(s):
+        return x_hat, x_hat, None
+    Z, N = to_flow(z, x_hat, t, modes)
+    D = N
+    if memory is not None and order == 2:
+        N_before, t_before = memory
+        D = N + 0.5 * (s - t) / (t - t_before) * (N - N_before)
+    ratio, gain = flow(t, s, modes[1])
+    return from_flow(ratio * Z + gain * D, 0, s, modes)[0], x_hat, (N, t)
 
 
 def heun(denoise, z, t, s, noise, memory, churn=0.0):
@@ -606,6 +654,7 @@ SAMPLERS = {
     "ddim": single_step,
     "dpmpp": multistep,
     "dpmpp_sde": partial(multistep, eta=1.0),
+    "modes": modes_step,
     "heun": heun,
     "sde": euler_maruyama,
     "ode": ode,
@@ -739,13 +788,13 @@ def linear_matching(denoise, known, w, axes, std=0.0):
     """moment_matching with V = Cov[x | z] of the linear part, variance sigma^2 w / (alpha^2 w + sigma^2) of every mode.
 
     No derivative of the network is needed, and as exact for Gaussian data. w (C, T, H, W), axes: as in linear_part. Where
-    std is 0 y is met exactly, and taken to be within NEARLY when what is unknown follows it.
+    std, of the error of y, is 0 that is met exactly, and taken to be within NEARLY where what is unknown follows it.
     """
 
     def guided(z, logsnr):
         x_hat, (alpha, sigma, _, _) = denoise(z, logsnr), scales(logsnr, z)
         P = lambda x: known.lift(known.A(x))
-        x_hat = x_hat + shift_to_known(P, known.lift(known.y) - P(x_hat), sigma**2 * w / (alpha**2 * w + sigma**2), axes, std or NEARLY)
+        x_hat = x_hat + shift_to_known(P, known.lift(known.y) - P(x_hat), sigma**2 * w / (alpha**2 * w + sigma**2), axes, std * known.factor or NEARLY)  # the mean of n cells spread over them is n^1/2 as long
         return x_hat if std else known.project(x_hat)
 
     return guided

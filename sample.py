@@ -33,7 +33,7 @@ out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one
 batch_size = 32  # clips at a time; does not change the result
 steps = 0  # sampler steps; 0 is 64, or those that a distilled student has
-sampler = "auto"  # auto (dpmpp_sde; dpmpp where a part is given; ddim for a student), ancestral, ddim, dpmpp, dpmpp_sde, heun, sde, ode, pc, langevin
+sampler = "auto"  # auto (dpmpp_sde; dpmpp where a part is given; modes for a student), ancestral, ddim, dpmpp, dpmpp_sde, modes, heun, sde, ode, pc, langevin
 spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
 eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
 noise_until = -1.0  # of dpmpp_sde: log-SNR up to which steps add noise; beyond it they are those of dpmpp
@@ -83,7 +83,7 @@ def check(c):
         require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
     require(0 <= c.eta <= 1 and 0 <= c.variance <= 1, "--eta and --variance must lie in [0, 1]")
     require(c.churn >= 0 and c.corrections >= 0 and c.snr > 0 and c.seed >= 0, "--churn, --seed and --corrections must not be negative, --snr must be positive")
-    require(c.task not in ("encode", "morph") or (c.sampler in ("ode", "ddim", "heun", "dpmpp") and c.eta == c.churn == 0), f"--task={c.task} needs a deterministic sampler: --sampler=ode (or heun, dpmpp, ddim)")
+    require(c.task not in ("encode", "morph") or (c.sampler in ("ode", "ddim", "heun", "dpmpp", "modes") and c.eta == c.churn == 0), f"--task={c.task} needs a deterministic sampler: --sampler=ode (or heun, dpmpp, modes, ddim)")
     require(not c.input or c.task != "generate", "--input belongs to another --task than generate")
     require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
     for name, default, key, owners in (
@@ -207,10 +207,10 @@ def encode(denoise, x, grid):
     return latent
 
 
-def make_step(c, known=False):
+def make_step(c, known=False, modes=None, order=2):
     """The sampler's step function with its options; auto is dpmpp for a window of which a part is given, else dpmpp_sde."""
     name = ("dpmpp" if known else "dpmpp_sde") if c.sampler == "auto" else c.sampler
-    options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "dpmpp_sde": {"until": c.noise_until}, "heun": {"churn": c.churn}}
+    options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "dpmpp_sde": {"until": c.noise_until}, "heun": {"churn": c.churn}, "modes": {"modes": modes, "order": order}}
     options |= {name: {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {}) for name in ("pc", "langevin")}
     return partial(diffusion.SAMPLERS[name], **options.get(name, {}))
 
@@ -691,10 +691,11 @@ def main(argv=None):
     settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
     if settings.distill:
         own = int(settings.distill_steps)
-        require(c.steps in (0, own) and c.sampler in ("auto", "ddim") and c.eta == 0 and c.noise_until == -1 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
-                f"{out}/ckpt.pt is a student of {own} ddim steps and knows no others: leave --steps, --sampler, --eta, --noise_until and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
-    c.steps, c.sampler = c.steps or (own if settings.distill else 64), "ddim" if settings.distill else c.sampler
+        require(c.steps in (0, own) and c.sampler in ("auto", "modes") and c.noise_until == -1 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
+                f"{out}/ckpt.pt is a student of {own} steps of sampler modes and knows no others: leave --steps, --sampler, --noise_until and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
+    c.steps, c.sampler = c.steps or (own if settings.distill else 64), "modes" if settings.distill else c.sampler
     network = train.build(checkpoint, device)
+    require(not c.exact or c.sampler != "modes", "--sampler=modes knows the modes of the data, not those of the latent field that --exact=true draws")
     require(not c.exact or settings.dataset in ("climate", "gaussian"), f"--exact=true knows the law of climate and gaussian alone, not of {settings.dataset}")
     network.checkpoint_activations = c.checkpoint_activations
     law = data.latent_modes(settings.frames, settings.size) if c.exact else None
@@ -732,6 +733,7 @@ def main(argv=None):
     start = time.perf_counter()
     given = None if problem.truth is None else data.normalise(problem.truth, meta["transform"])[0].to(device)
     valid = torch.ones(()) if c.exact else meta["valid"].to(device)
+    step_over = lambda window: make_step(c, bool(problem.mask[:, :, window].any()), (meta["mean"].to(device), *run.modes(len(window))), 1 if settings.distill else 2)
     if c.task == "morph":
         pair = guided(c, run, settings, meta, diffusion.Observation(*(a[[0, -1]].to(device) for a in (problem.y, problem.mask))), None)
         ends = encode(pair, given[[0, -1]], grid)
@@ -752,7 +754,7 @@ def main(argv=None):
                 else:  # at the first level the mean of the field, given what is known, shows already
                     z, level = torch.zeros_like(known.lift(known.y)), grid[:1].expand(len(rows))
                     z = diffusion.diffuse(denoise(z, level.to(device)), level, noise(z))
-                for z, _ in diffusion.sample(denoise, z, grid, make_step(c, bool(problem.mask[:, :, window].any())), noise):
+                for z, _ in diffusion.sample(denoise, z, grid, step_over(window), noise):
                     bar.update(len(indices))
                 if not c.obs_std:
                     z = known.project(z)
@@ -809,7 +811,7 @@ def main(argv=None):
         clip = pose(SimpleNamespace(**{**vars(c), "task": "edit", "num_samples": 1, "members": 1, "length": 0, "frames": 0, "input": ""}), settings, meta)
         blank = diffusion.Observation(clip.y.to(device), clip.mask.to(device))
         denoise, x_0 = guided(c, run, settings, meta, blank, None), data.normalise(clip.truth, meta["transform"])[0].to(device)
-        theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), make_step(c), generators(c.seed, [0]), meta)
+        theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), step_over(range(settings.frames)), generators(c.seed, [0]), meta)
         written.append("theory.png")
     if c.verify and c.task in ("generate", *GIVEN, "extend", "loop", "edit"):
         written += verify(c, settings, meta, problem, x, ensemble, lead, folder)

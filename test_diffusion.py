@@ -324,15 +324,55 @@ def test_batch_posterior_keeps_the_mean():
     assert torch.equal(c.x[1], x[1]) and torch.equal(c.eps[1], eps[1]) and torch.equal(c.x[[0, 2, 3, 4]], b.x[[0, 2, 3, 4]])
 
 
-def test_two_ddim_steps_in_one():
-    g = torch.Generator().manual_seed(1)
-    denoise = gaussian_denoiser(f64([2.0, 0.5, 0.01]))
-    z = torch.randn(3, 3, generator=g, dtype=torch.float64)
+def gaussian_modes(seed=0):
+    """A mean, mode variances over four orders of magnitude, axes, and the denoiser of that Gaussian on clips of 2 x 3 x 4."""
+    g = torch.Generator().manual_seed(seed)
+    modes = torch.randn(1, 1, 3, 4, generator=g, dtype=torch.float64), 10 ** (4 * torch.rand(1, 2, 3, 4, generator=g, dtype=torch.float64) - 2), AXES
+    return modes, lambda z, logsnr: D.to_x(D.linear_part(z, logsnr, *modes, "v")[0], z, logsnr, "v")
+
+
+def test_flow_is_the_probability_flow_ode():
+    """Exact for a Gaussian in one step, and for anything constant added to x_hat in each mode; DDIM where the variance is 0."""
+    modes, denoise = gaussian_modes()
+    added = torch.randn(1, 1, 2, 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shifted = lambda z, logsnr: denoise(z, logsnr) + added
+    z, grid = torch.randn(4, 1, 2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.linspace(-9, 7, 400, dtype=torch.float64)
+    *_, (exact, _) = D.sample(shifted, z, grid, D.ode)
+    *_, (once, _) = D.sample(shifted, z, grid[[0, -1]], partial(D.modes_step, modes=modes))
+    torch.testing.assert_close(once, exact, rtol=1e-5, atol=1e-6)
+    t, s, x_hat = f64([-1.3])[0], f64([2.1])[0], denoise(z, f64([-1.3]))
+    none = (0 * modes[0], 0 * modes[1] + 1e-12, AXES)
+    ratio, gain = D.flow(t, s, none[1])
+    Z, N = D.to_flow(z, x_hat, t, none)
+    torch.testing.assert_close(D.from_flow(ratio * Z + gain * N, 0, s, none)[0], D.update(z, x_hat, t, s, eta=0.0), rtol=1e-6, atol=1e-8)
+    for back, there in zip(D.from_flow(*D.to_flow(z, x_hat, t, modes), t, modes), (z, x_hat)):
+        torch.testing.assert_close(back, there)
+
+
+def test_steps_in_the_modes_are_of_second_order():
+    """Data that are normal with other variances than the modes say: the error falls by four when the steps are halved."""
+    (mean, w, axes), denoise = gaussian_modes()
+    modes = mean, w * 3 ** torch.randn(w.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64), axes
+    z = torch.randn(4, 1, 2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    *_, (exact, _) = D.sample(denoise, z, torch.linspace(-9, 7, 400, dtype=torch.float64), D.ode)
+
+    def error(n, **order):
+        *_, (got, _) = D.sample(denoise, z, torch.linspace(-9, 7, n + 1, dtype=torch.float64), partial(D.modes_step, modes=modes, **order))
+        return float((got - exact).norm())
+
+    assert error(40) / error(80) > 3.3 and 1.7 < error(40, order=1) / error(80, order=1) < 2.3
+
+
+def test_two_steps_in_one():
+    modes, denoise = gaussian_modes()
+    bent = lambda z, logsnr: denoise(z, logsnr) + torch.sin(z)
+    z = torch.randn(3, 1, 2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     t, mid, s = f64([-5.0, 0.0, 3.0]), f64([-2.0, 1.0, 5.0]), f64([1.0, 2.0, math.inf])
-    x_hat = D.two_ddim_steps(denoise, z, t, mid, s)
+    x_hat, step = D.two_steps_in_one(bent, z, t, mid, s, modes), partial(D.modes_step, modes=modes, order=1)
     for i in range(3):
-        *_, (twice, _) = D.sample(denoise, z[i : i + 1], torch.stack([t[i], mid[i], s[i]]), partial(D.single_step, eta=0.0))
-        torch.testing.assert_close(twice, D.update(z[i : i + 1], x_hat[i : i + 1], t[i], s[i], eta=0.0))
+        *_, (twice, _) = D.sample(bent, z[i : i + 1], torch.stack([t[i], mid[i], s[i]]), step)
+        once, _, _ = step(lambda *_: x_hat[i : i + 1], z[i : i + 1], t[i], s[i], None, None)
+        torch.testing.assert_close(twice, once)
 
 
 def test_mask_leaves_cells_out_of_the_loss():
@@ -1435,7 +1475,7 @@ class GaussianField:
     def linear_matching(self, known, std=0.0):
         """A guided denoiser from D.linear_matching: the cells of a clip in a row, which any covariance has modes of."""
         row, clip = lambda x: x.reshape(len(x), 1, 1, 1, -1), lambda x: x.reshape(-1, *self.shape)
-        seen = SimpleNamespace(y=known.y, A=lambda x: known.A(clip(x)), lift=lambda u: row(known.lift(u)), project=lambda x: row(known.project(clip(x))))
+        seen = SimpleNamespace(y=known.y, factor=known.factor, A=lambda x: known.A(clip(x)), lift=lambda u: row(known.lift(u)), project=lambda x: row(known.project(clip(x))))
         guided = D.linear_matching(lambda z, l: row(self.denoise(clip(z), l)), seen, row(self.w[None])[0], [self.U.T[None], torch.eye(1).double()], std)
         return lambda z, l: clip(guided(row(z), l))
 
@@ -1521,9 +1561,10 @@ def test_conditional_table(capsys):
             print(f"| {method} | " + " | ".join("{:.3f}, {:.3f}".format(*conditional_errors(field, kind, method)) for kind in kinds) + " |")
 
 
-def test_matching_with_noisy_observations():
+@pytest.mark.parametrize("kind", ["cells", "means"])
+def test_matching_with_noisy_observations(kind):
     field = GaussianField(3, 4)
-    known = field.known("cells", field.draw(1))
+    known = field.known(kind, field.draw(1))
     mean, _, _ = field.posterior(known, noise=0.5)
     z, l = torch.zeros(1, *field.shape, dtype=torch.float64), f64([-25.0])  # in pure noise E[x | z, y] = E[x | y]
     torch.testing.assert_close(D.moment_matching(field.denoise, known, 60, 0.5)(z, l).flatten(), mean, rtol=1e-5, atol=1e-5)
@@ -1614,7 +1655,7 @@ def autoregression(P, C0, T):
 
 
 @pytest.mark.parametrize("kind", ["rows", "together", "apart"])
-def test_modes_of_other_lengths(kind):
+def test_modes_of_other_lengths(kind, monkeypatch):
     """Exact for an autoregression, of which the first frames tell all; for the field within 1 % of what such axes allow."""
     swirl = torch.tensor([[0.7, 0.4, 0.0], [-0.3, 0.6, 0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
     together, Cy = kind != "apart", torch.tensor([[1.0, 0.3], [0.3, 0.5]], dtype=torch.float64)
@@ -1650,7 +1691,14 @@ def test_modes_of_other_lengths(kind):
     for T in (1, 5, 12):
         exact = field(T).reshape(36 * T, 36 * T)
         error = lambda w, axes: (covariance(w, axes) - exact).norm() / exact.norm()
-        assert error(*D.modes_of_length(w, axes, T)) < error(*of(field(T))) + (0.001 if kind == "rows" else 0.01)
+        exact_modes = D.modes_of_length(w, axes, T)
+        assert error(*exact_modes) < error(*of(field(T))) + (0.001 if kind == "rows" else 0.01)
+    if kind == "rows":  # too large for a set for each: one for all, with the variances that every pattern in y has in it
+        monkeypatch.setattr(D, "ROWS", 6 * 72**2 - 1)
+        variances, shared = D.modes_of_length(w, axes, 12)
+        assert len(D.modes_of_length(w, axes, 11)[1][0]) == 6 and len(shared[0]) == 1
+        M = D.to_modes(torch.eye(432, dtype=w.dtype).view(-1, 12, 6, 6), shared).flatten(1)
+        torch.testing.assert_close(variances.flatten(), (M.T @ covariance(*exact_modes) @ M).diagonal())
     for seed in range(3):  # frames anything but stationary: no covariance by lag, and still no growth
         g = torch.Generator().manual_seed(seed)
         axes = [torch.linalg.qr(torch.randn(*n, generator=g, dtype=torch.float64))[0] for n in (((1 + (kind == "rows"), 12, 12), (2, 2)) if together else ((4, 4), (2, 2), (3, 3)))]
@@ -2046,13 +2094,28 @@ def test_land_stays_unknown_from_window_to_window(field, tmp_path, monkeypatch):
     x[:, :3] = np.nan
     np.save(tmp_path / "wave.npy", x)
     train.main([*field, "--max_iters=2", "--condition=known"])
-    parts, guided = [], sample.guided
+    parts, noiseless, guided, make_step = [], [], sample.guided, sample.make_step
     monkeypatch.setattr(sample, "guided", lambda c, run, settings, meta, known, told: parts.append((known.y.clone(), known.mask.clone())) or guided(c, run, settings, meta, known, told))
+    monkeypatch.setattr(sample, "make_step", lambda c, known, *args: noiseless.append(known) or make_step(c, known, *args))
     sample.main([f"--out_dir={tmp_path}/out", "--task=extend", "--length=6", "--frames=4", "--num_samples=1", "--steps=2", "--device=cpu", "--dtype=float32", "--verify=false"])
     assert all((y[mask == 0] == 0).all() for y, mask in parts) and len(parts) == 2
     masks = [mask for _, mask in parts]
     assert len(masks) == 2 and masks[0].max() == 0  # nothing is known of the first window
     assert masks[1][..., :2, 3:, :].min() == 1 and masks[1][..., :2, :3, :].max() == 0 and masks[1][..., 2:, :, :].max() == 0
+    assert noiseless == [False, False]  # what a window before has drawn is not given
+    sample.main([f"--out_dir={tmp_path}/out", "--task=forecast", "--length=6", "--frames=4", "--num_samples=1", "--steps=2", "--device=cpu", "--dtype=float32", "--verify=false"])
+    assert noiseless == [False, False, True, False]
+
+
+def test_how_many_frames_are_drawn_together(field, tmp_path):
+    train.main([*field, "--max_iters=1"])
+    checkpoint = train.load_checkpoint(tmp_path / "out/ckpt.pt")
+    pose = lambda *args: sample.pose(train.configure(sample.__file__, args, sample.CHOICES), train.SimpleNamespace(**checkpoint["settings"]), checkpoint["data"])
+    sizes = lambda *args: [len(w) for w, _ in pose(*args, "--num_samples=1").windows]  # trained on 4 frames: up to 16 are drawn together
+    assert sizes() == [4] and sizes("--length=11") == [11] and sizes("--length=20") == [16, 16] and sizes("--length=11", "--frames=8") == [8, 8]
+    assert sizes("--task=extend") == [16, 16, 16] and sizes("--task=loop", "--known=1") == [4, 4] and sizes("--task=loop", "--length=12") == [8, 8] and sizes("--task=loop", "--length=90")[0] == 16
+    given = pose("--task=extend", "--length=20", f"--input={tmp_path}/wave.npy", "--num_samples=2")  # goes on from a clip as long as those trained on
+    assert given.mask[:, :, :4].min() == 1 and given.mask[:, :, 4:].max() == 0 and len(given.windows[0][0]) == 16
 
 
 def test_block_means_that_no_network_is_told_are_refused(field, tmp_path):
@@ -2168,7 +2231,7 @@ def test_batches_are_made_ahead():
             list(train.ahead(lambda key: 1 // key, iter([2, 0]), background))
 
 
-def test_students_take_their_teachers_steps(field, tmp_path):
+def test_students_take_their_teachers_steps(field, tmp_path, monkeypatch):
     train.main([*field, "--max_iters=60", "--warmup_iters=5", "--condition=nothing"])
     students = [f"--out_dir={tmp_path}/s", f"--distill={tmp_path}/out/ckpt.pt", "--distill_steps=4,2", "--max_iters=120", "--learning_rate=0.003", "--device=cpu"]
     train.main(students)
@@ -2177,12 +2240,16 @@ def test_students_take_their_teachers_steps(field, tmp_path):
         sample.main([f"--out_dir={folder}", "--num_samples=8", "--device=cpu", "--dtype=float32", "--verify=false", *options])
         return np.load(f"{folder}/samples/samples.npz")["samples"]
 
-    eight, four, two = (drawn(tmp_path / "out", "--sampler=ddim", f"--steps={n}") for n in (8, 4, 2))
+    eight, four, two = (drawn(tmp_path / "out", "--sampler=modes", f"--steps={n}") for n in (8, 4, 2))
     for name, n, own in (("steps-4", 4, four), ("steps-2", 2, two)):
         student = drawn(tmp_path / "s" / name)
         assert np.square(student - eight).mean() < 0.5 * np.square(own - eight).mean()
-        np.testing.assert_array_equal(student, drawn(tmp_path / "s" / name, "--sampler=ddim", f"--steps={n}"))
-    with pytest.raises(data.InputError, match="student of 2 ddim steps"):
+        np.testing.assert_array_equal(student, drawn(tmp_path / "s" / name, "--sampler=modes", f"--steps={n}"))
+    make_step, options = sample.make_step, []
+    monkeypatch.setattr(sample, "make_step", lambda *args: options.append(make_step(*args).keywords) or make_step(*args))
+    drawn(tmp_path / "s/steps-2"), drawn(tmp_path / "out", "--sampler=modes", "--steps=2")
+    assert [o["order"] for o in options] == [1, 2]  # a student's steps are those it has learnt
+    with pytest.raises(data.InputError, match="student of 2 steps"):
         drawn(tmp_path / "s/steps-2", "--steps=16")
     with pytest.raises(data.InputError, match="--distill_steps is 2 in the checkpoint"):
         train.main([f"--out_dir={tmp_path}/s/steps-2", "--init_from=resume", "--distill_steps=4"])
@@ -2393,7 +2460,7 @@ def bad(script, line, message):
     bad(sample, "--out_dir=ok --task=edit --edit_logsnr=50", "outside the grid"), bad(sample, "--out_dir=ok --task=edit --input=nowhere", "neither"), bad(sample, "--out_dir=ok --task=edit --input=other_grid.npy", "the checkpoint needs"),
     bad(sample, "--out_dir=ok --task=forecast --known=4", "leaves nothing"), bad(sample, "--out_dir=ok --task=superres --factor=4", "does not divide"), bad(sample, "--out_dir=ok --method=trained", "--condition=known"), bad(sample, "--members=2", "belongs to"),
     bad(sample, "--task=forecast --members=3", "multiple of"), bad(sample, "--every=3", "belongs to"), bad(sample, "--task=superres --known=3", "belongs to"), bad(sample, "--out_dir=ok --method=imputation --task=forecast --obs_std=0.1", "belongs to"), bad(sample, "--out_dir=ok --task=extend --length=3", "less than a window"), bad(sample, "--out_dir=ok --task=loop --known=1 --length=4", "at least 6"),
-    bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --method=moment_matching --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --cg_steps=9", "belongs to"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
+    bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --method=moment_matching --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --cg_steps=9", "belongs to"), bad(sample, "--out_dir=ok --exact=true --sampler=modes", "modes of the data"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
     bad(sample, "--out_dir=ok --guidance_scale=2", "needs a checkpoint"), bad(sample, "--out_dir=ok --task=forecast --length=99", "no 99 consecutive frames"),
     bad(train, "--dataset=good.npy --frames=4 --condition=hour", "calendar"), bad(train, "--dataset=good.npy --frames=4 --condition=hill", "is not one of known"), bad(train, "--image_share=1", "[0, 1)"),
     bad(train, "--image_share=0.1 --batch_size=4", "less than one clip"), bad(sample, "--out_dir=ok --length=24 --frames=4 --known=10", "leave nothing to draw"), bad(sample, "--dry=-1", "at least 0"), bad(sample, "--out_dir=ok --task=forecast --length=4 --frames=3 --obs_std=0.1", "single window"),

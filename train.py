@@ -101,7 +101,7 @@ ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only print
 ode_clips = 8  # held-out clips of the exact likelihood
 log_interval = 10  # steps between lines of log.jsonl
 # distillation into few steps
-distill = ""  # checkpoint of a teacher: students start as copies and learn to take two of its DDIM steps in one (progressive distillation)
+distill = ""  # checkpoint of a teacher: students start as copies and learn to take two of its steps in one (progressive distillation)
 distill_steps = "32,16,8,4"  # steps of the students, each the teacher of the next, max_iters training steps each; in out_dir/steps-*
 # machine
 seed = 0  # of weights, batches, times and noise, and of the built-in data
@@ -117,7 +117,7 @@ CHOICES = {
     "init_from": ("scratch", "resume"), "param": tuple(diffusion.PARAMS), "schedule": ("spectrum", *diffusion.SCHEDULES), "weighting": ("auto", *diffusion.WEIGHTINGS),
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
-FORMAT = 8  # of checkpoints
+FORMAT = 9  # of checkpoints
 TOGETHER = 2**25  # entries of the covariances in time and x, one for every row, at most
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
@@ -462,7 +462,7 @@ def micro_batch(climate, starts, c, meta, device, stream, teacher=None):
     if teacher:
         z, denoise = diffusion.diffuse(b.x, logsnr, b.eps), diffusion.make_denoiser(lambda z, logsnr, cond: teacher(z, logsnr, cond, b.mix), c.param, b.cond)
         with torch.no_grad():
-            b = retarget(b, diffusion.two_ddim_steps(denoise, z, logsnr, grid[k + 1], grid[k + 2]))
+            b = retarget(b, diffusion.two_steps_in_one(denoise, z, logsnr, grid[k + 1], grid[k + 2], [move(meta["mean"]), move(meta["modes"]), [move(a) for a in meta["axes"]]]))
     return b
 
 
