@@ -1068,23 +1068,25 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
 
 
 def drift(x, joins, frames, floor=None, dry=0.01):
-    """Does a long sequence (N, L, H, W) stay what it was? {statistic: [first `frames` frames, last ones, ratio]}.
+    """Do long sequences (N, L, H, W) stay what they were? {statistic: [first `frames` frames, last ones, ratio, its interval]}.
 
     joins: frames at which a window began to be new; the correlation with the frame before is compared with that elsewhere.
+    The 95 % interval (low, high) is by a bootstrap over sequences.
     """
-    first, last = x[:, :frames], x[:, -frames:]
-    anomaly = np.where(np.isfinite(x), x - np.nanmean(x), 0.0)
-    rows = {"mean": np.nanmean, "standard deviation": np.nanstd, "quantile 0.99": lambda a: np.nanquantile(a, 0.99)}
-    if floor is not None:
-        rows["wet fraction"] = lambda a: np.mean(a[np.isfinite(a)] > floor + dry)
-    out = {name: [float(f(first)), float(f(last))] for name, f in rows.items()}
-    a, b = spatial_spectrum(anomaly[:, :frames])[1], spatial_spectrum(anomaly[:, -frames:])[1]
-    out |= {f"spatial power, wavenumbers {i * len(a) // 3 + 1} to {(i + 1) * len(a) // 3}": [float(v[i * len(a) // 3 : (i + 1) * len(a) // 3].mean()) for v in (a, b)] for i in range(3)}
-    step = (x - np.nanmean(x))[:, 1:], (x - np.nanmean(x))[:, :-1]
-    lag1 = np.nanmean(step[0] * step[1], (0, 2, 3)) / np.nanvar(x)  # (L - 1,)
-    at = np.isin(np.arange(1, x.shape[1]), joins)
-    out["lag-1 autocorrelation, inside and across joins"] = [float(lag1[~at].mean()), float(lag1[at].mean())]
-    return {name: [*v, v[1] / v[0] if v[0] else math.nan] for name, v in out.items()}
+    anomaly, heavy, at = x - np.nanmean(x), np.nanquantile(x, 0.99), np.isin(np.arange(1, x.shape[1]), joins)
+    share = lambda above: np.where(np.isnan(x), np.nan, x > above)
+    fields = {"mean": x, "variance": anomaly**2, "share above quantile 0.99": share(heavy)} | ({} if floor is None else {"wet fraction": share(floor + dry)})
+    pairs = {name: [np.nanmean(part, (1, 2, 3)) for part in (a[:, :frames], a[:, -frames:])] for name, a in fields.items()}  # (N,) each
+    a, b = (np.stack([spatial_spectrum(one[None])[1] for one in np.nan_to_num(part)]) for part in (anomaly[:, :frames], anomaly[:, -frames:]))  # (N, K)
+    K = a.shape[1]
+    for i in range(min(3, K)):
+        some = slice(i * K // 3, (i + 1) * K // 3) if K >= 3 else slice(i, i + 1)
+        pairs[f"spatial power, wavenumbers {some.start + 1} to {some.stop}"] = [a[:, some].mean(1), b[:, some].mean(1)]
+    products = anomaly[:, 1:] * anomaly[:, :-1] / np.nanvar(x)
+    pairs["lag-1 autocorrelation, inside and across joins"] = [np.nanmean(products[:, which], (1, 2, 3)) for which in (~at, at)]
+    drawn = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), 1000)  # how often each sequence is
+    ratio = lambda a, b: np.divide(b, a, out=np.full(np.shape(a), np.nan), where=a != 0)
+    return {name: [float(a.mean()), float(b.mean()), float(ratio(a.mean(), b.mean())), *np.nanquantile(ratio(drawn @ a, drawn @ b), (0.025, 0.975)).tolist()] for name, (a, b) in pairs.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

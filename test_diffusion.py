@@ -1984,12 +1984,16 @@ def test_drift_sees_fading_and_seams():
         x[:, t] = r * x[:, t - 1] + math.sqrt(1 - r * r) * rng.normal(size=(60, 6, 6))
     x = 5 + x * np.linspace(1, 0.5, 40)[:, None, None]
     d = data.drift(x, [10, 20, 30], 4)
-    assert d["standard deviation"][2] == pytest.approx(0.54, abs=0.05) and d["mean"][2] == pytest.approx(1, abs=0.02)
+    assert d["variance"][2] == pytest.approx(0.29, abs=0.05) and d["mean"][2] == pytest.approx(1, abs=0.02)
+    again = data.drift(x[np.random.default_rng(1).permutation(60)], [10, 20, 30], 4)
+    halves = [data.drift(x[i::6], [10, 20, 30], 4)["variance"][2] for i in range(6)]  # of ten sequences each
+    for low, high in (d["variance"][3:], again["variance"][3:]):
+        assert low < d["variance"][2] < high and (high - low) / 3.92 == pytest.approx(np.std(halves) / math.sqrt(6), rel=0.6)
     assert d["spatial power, wavenumbers 1 to 1"][2] == pytest.approx(0.29, abs=0.06)
     x[..., 0, 0] = np.nan  # land
     land = data.drift(x, [10, 20, 30], 4)
     assert land["spatial power, wavenumbers 1 to 1"][2] == pytest.approx(d["spatial power, wavenumbers 1 to 1"][2], rel=0.1)
-    inside, across, _ = d["lag-1 autocorrelation, inside and across joins"]
+    inside, across, *_ = d["lag-1 autocorrelation, inside and across joins"]
     assert across / inside == pytest.approx(1 / 3, abs=0.08)
 
 
