@@ -1067,23 +1067,24 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
     return out
 
 
-def drift(x, joins, frames, floor=None, dry=0.01):
+def drift(x, y, joins, frames, floor=None, dry=0.01):
     """Do long sequences (N, L, H, W) stay what they were? {statistic: [first `frames` frames, last ones, ratio, its interval]}.
 
-    joins: frames at which a window began to be new; the correlation with the frame before is compared with that elsewhere.
-    The 95 % interval (low, high) is by a bootstrap over sequences.
+    x physical, y transformed: of rain's own variance a few storms make half. joins: frames at which a window began to be
+    new; the correlation with the frame before is compared with that elsewhere. The 95 % interval (low, high) is by a
+    bootstrap over sequences.
     """
-    anomaly, heavy, at = x - np.nanmean(x), np.nanquantile(x, 0.99), np.isin(np.arange(1, x.shape[1]), joins)
+    anomaly, heavy, at = y - np.nanmean(y), np.nanquantile(x, 0.99), np.isin(np.arange(1, x.shape[1]), joins)
     share = lambda above: np.where(np.isnan(x), np.nan, x > above)
-    fields = {"mean": x, "variance": anomaly**2, "share above quantile 0.99": share(heavy)} | ({} if floor is None else {"wet fraction": share(floor + dry)})
+    fields = {"mean": x, "variance, transformed": anomaly**2, "share above quantile 0.99": share(heavy)} | ({} if floor is None else {"wet fraction": share(floor + dry)})
     pairs = {name: [np.nanmean(part, (1, 2, 3)) for part in (a[:, :frames], a[:, -frames:])] for name, a in fields.items()}  # (N,) each
     a, b = (np.stack([spatial_spectrum(one[None])[1] for one in np.nan_to_num(part)]) for part in (anomaly[:, :frames], anomaly[:, -frames:]))  # (N, K)
     K = a.shape[1]
     for i in range(min(3, K)):
         some = slice(i * K // 3, (i + 1) * K // 3) if K >= 3 else slice(i, i + 1)
-        pairs[f"spatial power, wavenumbers {some.start + 1} to {some.stop}"] = [a[:, some].mean(1), b[:, some].mean(1)]
-    products = anomaly[:, 1:] * anomaly[:, :-1] / np.nanvar(x)
-    pairs["lag-1 autocorrelation, inside and across joins"] = [np.nanmean(products[:, which], (1, 2, 3)) for which in (~at, at)]
+        pairs[f"spatial power, transformed, wavenumbers {some.start + 1} to {some.stop}"] = [a[:, some].mean(1), b[:, some].mean(1)]
+    products = anomaly[:, 1:] * anomaly[:, :-1] / np.nanvar(y)
+    pairs["lag-1 autocorrelation, transformed, inside and across joins"] = [np.nanmean(products[:, which], (1, 2, 3)) for which in (~at, at)]
     drawn = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), 1000)  # how often each sequence is
     ratio = lambda a, b: np.divide(b, a, out=np.full(np.shape(a), np.nan), where=a != 0)
     return {name: [float(a.mean()), float(b.mean()), float(ratio(a.mean(), b.mean())), *np.nanquantile(ratio(drawn @ a, drawn @ b), (0.025, 0.975)).tolist()] for name, (a, b) in pairs.items()}

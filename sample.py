@@ -855,10 +855,11 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
             if L >= 2 * T and len(problem.windows) > 1:
                 made_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)  # the window that drew each frame
                 part = max(T, L // 8)
-                report[name]["drift"] = data.drift(sequences[:, i], 1 + np.flatnonzero(np.diff(made_by)), part, floor, dry)
-                print(f"  {f'from the first {part} frames to the last':<52}{'first':>10}{'last':>10}{'ratio':>8}  95 % interval")
+                transformed = data.normalise(sequences, meta["transform"])[0][:, i].numpy()
+                report[name]["drift"] = data.drift(sequences[:, i], np.where(np.isfinite(sequences[:, i]), transformed, np.nan), 1 + np.flatnonzero(np.diff(made_by)), part, floor, dry)
+                print(f"  {f'from the first {part} frames to the last':<64}{'first':>10}{'last':>10}{'ratio':>8}  95 % interval")
                 for label, (a, b, ratio, *interval) in report[name]["drift"].items():
-                    print(f"  {label:<52}{a:>10.4f}{b:>10.4f}{ratio:>8.3f}  {interval[0]:.2f} .. {interval[1]:.2f}")
+                    print(f"  {label:<64}{a:>10.4f}{b:>10.4f}{ratio:>8.3f}  {interval[0]:.2f} .. {interval[1]:.2f}")
             continue
         references = {}
         seen, there = np.isfinite(problem.lifted[0, i]), np.isfinite(problem.truth[0, i])

@@ -1983,17 +1983,19 @@ def test_drift_sees_fading_and_seams():
         r = 0.3 if t % 10 == 0 else 0.9
         x[:, t] = r * x[:, t - 1] + math.sqrt(1 - r * r) * rng.normal(size=(60, 6, 6))
     x = 5 + x * np.linspace(1, 0.5, 40)[:, None, None]
-    d = data.drift(x, [10, 20, 30], 4)
-    assert d["variance"][2] == pytest.approx(0.29, abs=0.05) and d["mean"][2] == pytest.approx(1, abs=0.02)
-    again = data.drift(x[np.random.default_rng(1).permutation(60)], [10, 20, 30], 4)
-    halves = [data.drift(x[i::6], [10, 20, 30], 4)["variance"][2] for i in range(6)]  # of ten sequences each
-    for low, high in (d["variance"][3:], again["variance"][3:]):
-        assert low < d["variance"][2] < high and (high - low) / 3.92 == pytest.approx(np.std(halves) / math.sqrt(6), rel=0.6)
-    assert d["spatial power, wavenumbers 1 to 1"][2] == pytest.approx(0.29, abs=0.06)
+    d = data.drift(x, 2 * x, [10, 20, 30], 4)
+    assert d["variance, transformed"][0] == pytest.approx(4 * np.mean((x[:, :4] - x.mean()) ** 2))
+    assert d["variance, transformed"][2] == pytest.approx(0.29, abs=0.05) and d["mean"][2] == pytest.approx(1, abs=0.02)
+    again = x[np.random.default_rng(1).permutation(60)]
+    again = data.drift(again, 2 * again, [10, 20, 30], 4)
+    halves = [data.drift(x[i::6], x[i::6], [10, 20, 30], 4)["variance, transformed"][2] for i in range(6)]  # of ten sequences each
+    for low, high in (d["variance, transformed"][3:], again["variance, transformed"][3:]):
+        assert low < d["variance, transformed"][2] < high and (high - low) / 3.92 == pytest.approx(np.std(halves) / math.sqrt(6), rel=0.6)
+    assert d["spatial power, transformed, wavenumbers 1 to 1"][2] == pytest.approx(0.29, abs=0.06)
     x[..., 0, 0] = np.nan  # land
-    land = data.drift(x, [10, 20, 30], 4)
-    assert land["spatial power, wavenumbers 1 to 1"][2] == pytest.approx(d["spatial power, wavenumbers 1 to 1"][2], rel=0.1)
-    inside, across, *_ = d["lag-1 autocorrelation, inside and across joins"]
+    land = data.drift(x, 2 * x, [10, 20, 30], 4)
+    assert land["spatial power, transformed, wavenumbers 1 to 1"][2] == pytest.approx(d["spatial power, transformed, wavenumbers 1 to 1"][2], rel=0.1)
+    inside, across, *_ = d["lag-1 autocorrelation, transformed, inside and across joins"]
     assert across / inside == pytest.approx(1 / 3, abs=0.08)
 
 
