@@ -1070,7 +1070,7 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
 def drift(x, y, joins, frames, floor=None, dry=0.01):
     """Do long sequences (N, L, H, W) stay what they were? {statistic: [first `frames` frames, last ones, ratio, its interval]}.
 
-    x physical, y transformed: of rain's own variance a few storms make half. joins: frames at which a window began to be
+    x physical, y transformed (of rain itself a few storms decide the variance). joins: frames at which a window began to be
     new; the correlation with the frame before is compared with that elsewhere. The 95 % interval (low, high) is by a
     bootstrap over sequences.
     """

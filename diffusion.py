@@ -284,6 +284,12 @@ def shift_to_known(P, missing, v, axes, std=TOLD_STD, steps=16):
     return scaled(conjugate_gradients(S, missing, steps, lambda r: P(scaled(r, 1 / (v + std**2))), tolerance=1e-8), v)
 
 
+def wiener(alpha, sigma, w):
+    """(gain, variance) of a Gaussian mode of variance w: E[x | z] = gain z, Var[x | z] = variance."""
+    total = alpha**2 * w + sigma**2
+    return alpha * w / total, sigma**2 * w / total
+
+
 def linear_part(z, logsnr, mean, w, axes, param, known=None, steps=16):
     """What a network of this parameterisation should say if the data were Gaussian with this mean and mode variances w.
 
@@ -299,15 +305,16 @@ def linear_part(z, logsnr, mean, w, axes, param, known=None, steps=16):
     """
     alpha, sigma, a, b = scales(logsnr, z, param)
     total = alpha**2 * w + sigma**2  # variance of the modes of z
-    rest = ((alpha * w / total) ** 2).mean((1, 2, 3, 4), keepdim=True).sqrt()
+    gain, variance = wiener(alpha, sigma, w)
+    rest = (gain**2).mean((1, 2, 3, 4), keepdim=True).sqrt()
     std = (alpha**2 * w**2 / total).mean((1, 2, 3, 4), keepdim=True).sqrt()
     Z = to_modes(z - alpha * mean, axes)
-    x, eps = to_modes(torch.stack([alpha * w / total * Z, sigma / total * Z]), axes, inverse=True)
+    x, eps = to_modes(torch.stack([gain * Z, sigma / total * Z]), axes, inverse=True)
     x_hat, F = mean + x, a * (mean + x) + b * eps
     if known is not None:
         y, weight = known.chunk(2, 1)
         P = known_projection(weight)
-        shift = shift_to_known(P, y - P(x_hat), sigma**2 * w / total, axes, steps=steps)
+        shift = shift_to_known(P, y - P(x_hat), variance, axes, steps=steps)
         x_hat, F = x_hat + shift, F + (a - b * alpha / sigma) * shift  # eps moves by -alpha / sigma times as much
     return F, rest, x / std, eps, x_hat
 
@@ -412,10 +419,11 @@ def two_steps_in_one(denoise, z, t, mid, s, modes):
     t, mid, s = (expand(l, z).to(z) for l in (t, mid, s))
     Z, N = to_flow(z, denoise(z, t.flatten()), t, modes)
     (ratio, gain), (ratio_mid, gain_mid) = flow(t, mid, modes[1]), flow(mid, s.clamp(max=80), modes[1])
-    z_mid, _ = from_flow(ratio * Z + gain * N, 0, mid, modes)
+    z_mid = from_flow(ratio * Z + gain * N, mid, modes)
     x_mid = denoise(z_mid, mid.flatten())
-    _, N_mid = to_flow(z_mid, x_mid, mid, modes)
-    _, x_hat = from_flow(Z, (ratio_mid * gain * N + gain_mid * N_mid) / (ratio_mid * gain + gain_mid), t, modes)
+    (mean, w, axes), (alpha, sigma), (_, N_mid) = modes, alpha_sigma(t), to_flow(z_mid, x_mid, mid, modes)
+    both = (ratio_mid * gain * N + gain_mid * N_mid) / (ratio_mid * gain + gain_mid)
+    x_hat = mean + to_modes(wiener(alpha, sigma, w)[0] * Z + both, axes, inverse=True)
     return torch.where(s.isinf(), x_mid, x_hat)  # the last step denoises
 
 
@@ -540,6 +548,14 @@ def single_step(denoise, z, t, s, noise, memory, eta=1.0, variance=0.0):
     return update(z, x_hat, t, s, eta, variance, noise), x_hat, None
 
 
+def extrapolate(now, t, s, memory):
+    """What is at log-SNR t, taken on to the middle of the step to s along the line from (before, t_before) = memory, if there is one."""
+    if memory is None or math.isinf(s):
+        return now
+    before, t_before = memory
+    return now + 0.5 * (s - t) / (t - t_before) * (now - before)
+
+
 def multistep(denoise, z, t, s, noise, memory, eta=0.0, until=math.inf):
     """DPM-Solver++(2M) (eta 0) and its SDE form (eta 1): second order, one evaluation; D from the last two x_hat.
 
@@ -547,10 +563,7 @@ def multistep(denoise, z, t, s, noise, memory, eta=0.0, until=math.inf):
     the first lose variance of weather as a whole and the second light rain about its edges.
     """
     x_hat = denoise(z, t)
-    D = x_hat
-    if memory is not None and not math.isinf(s):
-        x_before, t_before = memory
-        D = x_hat + 0.5 * (s - t) / (t - t_before) * (x_hat - x_before)
+    D = extrapolate(x_hat, t, s, memory)
     return update(z, D, t, s, eta if t < until else 0.0, 0.0, noise), x_hat, (x_hat, t)
 
 
@@ -570,13 +583,13 @@ def to_flow(z, x_hat, logsnr, modes):
     """Z and N of `flow` from z and x_hat, modes = (mean, w, axes) as in linear_part."""
     (mean, w, axes), (alpha, sigma) = modes, alpha_sigma(logsnr)
     Z = to_modes(z - alpha * mean, axes)
-    return Z, to_modes(x_hat - mean, axes) - alpha * w / (alpha**2 * w + sigma**2) * Z
+    return Z, to_modes(x_hat - mean, axes) - wiener(alpha, sigma, w)[0] * Z
 
 
-def from_flow(Z, N, logsnr, modes):
-    """The inverse of to_flow: z and x_hat."""
-    (mean, w, axes), (alpha, sigma) = modes, alpha_sigma(logsnr)
-    return alpha * mean + to_modes(Z, axes, inverse=True), mean + to_modes(alpha * w / (alpha**2 * w + sigma**2) * Z + N, axes, inverse=True)
+def from_flow(Z, logsnr, modes):
+    """z of Z."""
+    mean, _, axes = modes
+    return alpha_sigma(logsnr)[0] * mean + to_modes(Z, axes, inverse=True)
 
 
 def modes_step(denoise, z, t, s, noise, memory, modes, order=2):
@@ -588,12 +601,9 @@ def modes_step(denoise, z, t, s, noise, memory, modes, order=2):
     if math.isinf(s):
         return x_hat, x_hat, None
     Z, N = to_flow(z, x_hat, t, modes)
-    D = N
-    if memory is not None and order == 2:
-        N_before, t_before = memory
-        D = N + 0.5 * (s - t) / (t - t_before) * (N - N_before)
+    D = extrapolate(N, t, s, memory) if order == 2 else N
     ratio, gain = flow(t, s, modes[1])
-    return from_flow(ratio * Z + gain * D, 0, s, modes)[0], x_hat, (N, t)
+    return from_flow(ratio * Z + gain * D, s, modes), x_hat, (N, t)
 
 
 def heun(denoise, z, t, s, noise, memory, churn=0.0):
@@ -794,7 +804,8 @@ def linear_matching(denoise, known, w, axes, std=0.0):
     def guided(z, logsnr):
         x_hat, (alpha, sigma, _, _) = denoise(z, logsnr), scales(logsnr, z)
         P = lambda x: known.lift(known.A(x))
-        x_hat = x_hat + shift_to_known(P, known.lift(known.y) - P(x_hat), sigma**2 * w / (alpha**2 * w + sigma**2), axes, std * known.factor or NEARLY)  # the mean of n cells spread over them is n^1/2 as long
+        error = std * known.factor or NEARLY  # spread over its cells a mean of n is n^1/2 times as long
+        x_hat = x_hat + shift_to_known(P, known.lift(known.y) - P(x_hat), wiener(alpha, sigma, w)[1], axes, error)
         return x_hat if std else known.project(x_hat)
 
     return guided

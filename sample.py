@@ -49,7 +49,7 @@ known = 2  # frames known to forecast, hindcast and bridge, and handed from wind
 every = 2  # of interpolate: every n-th frame is known
 factor = 4  # of superres: means over factor x factor cells are known
 length = 0  # frames of the result; 0 is as trained (extend: eight times that, loop: until it closes)
-frames = 0  # frames of a window, drawn together; 0 is as trained, of longer sequences up to four times that
+frames = 0  # frames of a window, drawn together; 0 is as trained, of longer sequences up to four times that (but for a network trained with --condition=known)
 reverse = False  # of extend: backwards in time
 members = 1  # draws for each condition, an ensemble; num_samples / members conditions
 method = "auto"  # trained (a checkpoint of train.py --condition=known), linear (moment matching with the covariance of the linear part), moment_matching, guidance (reconstruction), imputation; auto is the first possible
@@ -112,7 +112,7 @@ def pose(c, settings, meta):
     """
     trained, R, K, size, record = settings.frames, c.num_samples // c.members, c.known, tuple(meta["size"]), None
     L = c.length or {"extend": 8 * trained, "loop": 2 * ((c.frames or trained) - K)}.get(c.task, c.frames or trained)
-    T = c.frames or min(max(trained, L // 2 + K if c.task == "loop" else L), 4 * trained)
+    T = c.frames or (trained if meta["known"] else min(max(trained, L // 2 + K if c.task == "loop" else L), 4 * trained))
     require(K < min(T, L) or c.task not in ("forecast", "hindcast", "bridge", "extend", "loop"), f"--known={K} leaves nothing of {min(T, L)} frames to draw")
     require(K < T or L <= T, f"--known={K} frames handed from window to window of {T} leave nothing to draw")
     require(L >= T or c.task not in ("extend", "loop"), f"--length={L} is less than a window of {T} frames")
@@ -192,7 +192,7 @@ def guided(c, run, settings, meta, known, told):
     if not known.mask.any():
         return denoise
     if c.method == "linear":
-        return diffusion.linear_matching(denoise, known, *run.modes(z.shape[2]), c.obs_std)
+        return diffusion.linear_matching(denoise, known, *run.modes(z.shape[2])[1:], c.obs_std)
     if c.method == "moment_matching":
         return diffusion.moment_matching(denoise, known, c.cg_steps, c.obs_std)
     if c.method == "guidance":
@@ -733,7 +733,7 @@ def main(argv=None):
     start = time.perf_counter()
     given = None if problem.truth is None else data.normalise(problem.truth, meta["transform"])[0].to(device)
     valid = torch.ones(()) if c.exact else meta["valid"].to(device)
-    step_over = lambda window: make_step(c, bool(problem.mask[:, :, window].any()), (meta["mean"].to(device), *run.modes(len(window))), 1 if settings.distill else 2)
+    step_over = lambda window: make_step(c, bool(problem.mask[:, :, window].any()), run.modes(len(window)), 1 if settings.distill else 2)
     if c.task == "morph":
         pair = guided(c, run, settings, meta, diffusion.Observation(*(a[[0, -1]].to(device) for a in (problem.y, problem.mask))), None)
         ends = encode(pair, given[[0, -1]], grid)

@@ -203,11 +203,12 @@ def run_network(network, device, dtype, c, meta):
     clips, the estimate of x given those. The scale, which goes to 0 in pure noise, is 1 for a clip that is told something:
     then there is more to say. Of a clip longer than those trained on the linear part sees the whole, the network pieces as
     long as those, and what it adds fades from one to the next over the half they share: so all of the clip is one weather,
-    however long, and nothing is asked of the network that it has not learnt. run.modes(T) are the modes of T frames.
+    however long, and nothing is asked of the network that it has not learnt. run.modes(T) are the mean, the mode variances and
+    the axes of T frames.
     """
     mean, modes, axes = meta["mean"].to(device), meta["modes"].to(device), [a.to(device) for a in meta["axes"]]
-    modes_of_length = functools.cache(lambda T: diffusion.modes_of_length(modes, axes, T))
-    linear_part = lambda z, logsnr, known: diffusion.linear_part(z, logsnr, mean, *modes_of_length(z.shape[2]), c.param, known)
+    modes_of_length = functools.cache(lambda T: (mean, *diffusion.modes_of_length(modes, axes, T)))
+    linear_part = lambda z, logsnr, known: diffusion.linear_part(z, logsnr, *modes_of_length(z.shape[2]), c.param, known)
     first = len(mean) * meta["masked"]  # of the channels of cond that say what is known, or told
     known_part = lambda cond: cond[:, first : first + 2 * len(mean)] if meta["known"] else None
 
@@ -462,7 +463,7 @@ def micro_batch(climate, starts, c, meta, device, stream, teacher=None):
     if teacher:
         z, denoise = diffusion.diffuse(b.x, logsnr, b.eps), diffusion.make_denoiser(lambda z, logsnr, cond: teacher(z, logsnr, cond, b.mix), c.param, b.cond)
         with torch.no_grad():
-            b = retarget(b, diffusion.two_steps_in_one(denoise, z, logsnr, grid[k + 1], grid[k + 2], [move(meta["mean"]), move(meta["modes"]), [move(a) for a in meta["axes"]]]))
+            b = retarget(b, diffusion.two_steps_in_one(denoise, z, logsnr, grid[k + 1], grid[k + 2], teacher.modes(T)))
     return b
 
 
