@@ -269,7 +269,7 @@ def read_xarray(path, variables, memory=2**30):
         variables = list(usable)
     missing = [v for v in variables if v not in usable]
     if missing:
-        raise InputError(f"{path} has no field '{missing[0]}' with dimensions time, y, x; choose --variables from {', '.join(usable) or 'none'}")
+        raise InputError(f"{path} has no field '{missing[0]}' with dimensions time, y, x; it has {', '.join(usable) or 'none'}")
     fields = [usable[v] for v in variables]
     if len({f.shape for f in fields}) > 1 or len({f.dims for f in fields}) > 1:
         raise InputError(f"the fields {', '.join(variables)} of {path} lie on different grids; choose one grid with --variables")
@@ -327,7 +327,7 @@ def read_numpy(path, variables):
             fields.update({f"{k}_{i}" if a.shape[1] > 1 else k: a[:, i] for i in range(a.shape[1])})
     for v in variables:
         if v not in fields:
-            raise InputError(f"{path} has no field '{v}' with dimensions time, y, x; choose --variables from {', '.join(fields) or 'none'}")
+            raise InputError(f"{path} has no field '{v}' with dimensions time, y, x; it has {', '.join(fields) or 'none'}")
     names = list(variables) or list(fields)
     if not names:
         raise InputError(f"{path} has no array of shape (time, y, x) or (time, channel, y, x)")
@@ -755,10 +755,8 @@ def log_slope(x, transform):
     """
     if any(f["floor"] is not None for f in transform):
         return None
-    parts = []
-    for i, f in enumerate(transform):
-        parts.append(np.log(TRANSFORMS[f["name"]][3](x[:, i].astype(np.float64), f) / f["std"]))
-    return torch.from_numpy(np.nansum(np.stack(parts, 1), axis=(1, 2, 3, 4)))
+    parts = [np.log(TRANSFORMS[f["name"]][3](x[:, i].astype(np.float64), f) / f["std"]) for i, f in enumerate(transform)]  # (C, B, T, H, W)
+    return torch.from_numpy(np.sum(parts, axis=(0, 2, 3, 4), where=np.isfinite(x).swapaxes(0, 1)))
 
 
 def valid_cells(climate, index):
@@ -787,6 +785,14 @@ def latitude_weights(coords, dims):
     if c is None or len(c["dims"]) != 1 or not (str(c["attrs"].get("units", "")).startswith("degree") or dims[0].lower() in ("lat", "latitude")):
         return None
     return np.cos(np.deg2rad(np.asarray(c["values"], np.float64))).clip(0)
+
+
+def area_mean(a, axis, area=None):
+    """Mean of a (..., H, W) over axis but for NaN, each cell weighted by the area of its row (H,) if that is given."""
+    if area is None:
+        return np.nanmean(a, axis)
+    there = np.isfinite(a)
+    return np.sum(area[:, None] * a, axis, where=there) / np.sum(area[:, None] * there, axis)
 
 
 def rings(power):
@@ -868,6 +874,8 @@ def bootstrap(samples, truth, sums, groups=None, paired=False):
     Samples are independent, or `groups` runs of them are: a sequence cut in pieces, the members of one condition.
     Held-out clips are not: see `few`.
     paired: group i was made of, or for, truth[i]: the two are drawn together.
+    Of n blocks n - 1 are drawn, which gives means their variance (Rao and Wu 1988; n would give (n - 1) / n of it). With
+    the ten blocks of a short record a 95 % interval still holds the truth only about 90 % of the time.
     """
     groups = groups or len(samples)
     counts, blocks = [few(groups)] * 2 if paired else [min(groups, 100), few(len(truth))], []
@@ -877,7 +885,7 @@ def bootstrap(samples, truth, sums, groups=None, paired=False):
         blocks.append({k: np.array([p[k] for p in parts], np.float64) for k in parts[0]})
 
     def draw(rng=None):
-        weights = [np.ones(n) if rng is None else rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) for n in counts]
+        weights = [np.ones(n) if rng is None else rng.multinomial(n - 1, np.full(n, 1 / n)).astype(np.float64) for n in counts]
         return [{k: np.tensordot(w, v, 1) for k, v in b.items()} for w, b in zip(weights[:1] * 2 if paired else weights, blocks)]
 
     return draw, min(counts)
@@ -1011,25 +1019,23 @@ def crps(ensemble, truth):
     """
     M = len(ensemble)
     error = np.abs(ensemble - truth).mean(0)
-    if M == 1:
-        return error
     rank = np.arange(1, M + 1).reshape(-1, *[1] * truth.ndim)  # sum over pairs |Xi - Xj| = sum (2 i - M - 1) X_(i)
-    return error - ((2 * rank - M - 1) * np.sort(ensemble, 0)).sum(0) / (M * (M - 1))
+    return error - ((2 * rank - M - 1) * np.sort(ensemble, 0)).sum(0) / max(M * (M - 1), 1)
 
 
-def energy_score(ensemble, truth):
+def energy_score(ensemble, truth, area=None):
     """The same for whole fields, |.| the Euclidean norm over y, x per cell (root mean square): (M, N, T, H, W) -> (N, T)."""
-    norm = lambda d: np.sqrt(np.nanmean(np.where(np.isfinite(truth), d, np.nan) ** 2, (-2, -1)))
+    norm = lambda d: np.sqrt(area_mean(np.where(np.isfinite(truth), d, np.nan) ** 2, (-2, -1), area))
     M = len(ensemble)
     pairs = sum(norm(ensemble[i] - ensemble[j]) for i in range(M) for j in range(i))
     return np.mean([norm(e - truth) for e in ensemble], 0) - pairs / max(M * (M - 1), 1)
 
 
-def spread_skill(ensemble, truth, axis):
+def spread_skill(ensemble, truth, axis, area=None):
     """Spread, root of the mean variance of the members times (M + 1) / M, and RMSE of their mean: equal if calibrated."""
     M, seen = len(ensemble), np.isfinite(truth)
-    spread = np.nanmean(np.where(seen, ensemble.var(0, ddof=1) * (M + 1) / M, np.nan), axis) ** 0.5
-    return spread, np.nanmean((ensemble.mean(0) - truth) ** 2, axis) ** 0.5
+    spread = area_mean(np.where(seen, ensemble.var(0, ddof=1) * (M + 1) / M, np.nan), axis, area) ** 0.5
+    return spread, area_mean((ensemble.mean(0) - truth) ** 2, axis, area) ** 0.5
 
 
 def rank_histogram(ensemble, truth, seed=0):
@@ -1040,25 +1046,26 @@ def rank_histogram(ensemble, truth, seed=0):
     return np.bincount(rank, minlength=len(ensemble) + 1) / max(len(rank), 1)
 
 
-def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asarray):
+def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asarray, area=None):
     """Scores per frame of one variable, a dict of plain values. ensemble (M, N, T, H, W), truth (N, T, H, W) with NaN.
 
     references: {name: (M', N, T, H, W) or broadcastable} to compare with, persistence and climatology say; lead (T,) hours;
     least: values up to it count as equal in the ranks (dry is dry: no rank for 0.001 mm/h above 0); g: the transform in
-    which spread and error are compared once more, where a few extremes do not make up most of the squared error.
+    which spread and error are compared once more, where a few extremes do not make up most of the squared error; area (H,):
+    weights of rows, of all but the ranks.
     """
     frames, over = np.isfinite(truth).any((0, 2, 3)), (0, 2, 3)
     ensemble, truth, lead = ensemble[:, :, frames], truth[:, frames], np.asarray(lead)[frames]
-    out = {"members": len(ensemble), "conditions": len(truth), "lead_hours": lead.tolist(), "crps": np.nanmean(crps(ensemble, truth), over).tolist()}
+    out = {"members": len(ensemble), "conditions": len(truth), "lead_hours": lead.tolist(), "crps": area_mean(crps(ensemble, truth), over, area).tolist()}
     for name, r in references.items():
         r = np.broadcast_to(r, (len(r), len(truth), len(frames), *truth.shape[2:]))[:, :, frames]
-        out[f"crps_{name}"] = np.nanmean(crps(r, truth), over).tolist()
-    out["energy_score"] = np.nanmean(energy_score(ensemble, truth), 0).tolist()
+        out[f"crps_{name}"] = area_mean(crps(r, truth), over, area).tolist()
+    out["energy_score"] = np.nanmean(energy_score(ensemble, truth, area), 0).tolist()
     if len(ensemble) > 1:
-        out["spread"], out["rmse"] = (v.tolist() for v in spread_skill(ensemble, truth, over))
+        out["spread"], out["rmse"] = (v.tolist() for v in spread_skill(ensemble, truth, over, area))
         some = np.isfinite(truth).any((1, 2, 3))
         for name, f in (("spread_skill", lambda a: a), ("spread_skill_transformed", g)):
-            v, e = (a[some] ** 2 for a in spread_skill(f(ensemble), f(truth), (1, 2, 3)))  # (N,)
+            v, e = (a[some] ** 2 for a in spread_skill(f(ensemble), f(truth), (1, 2, 3), area))  # (N,)
             (draw, blocks), rng = bootstrap(v, e, lambda a: {"sum": a.sum()}, paired=True), np.random.default_rng(0)
             ratio = lambda sums: math.sqrt(sums[0]["sum"] / sums[1]["sum"])
             interval = np.quantile([ratio(draw(rng)) for _ in range(1000)], (0.025, 0.975)).tolist() if blocks >= 5 else []
@@ -1067,27 +1074,29 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
     return out
 
 
-def drift(x, y, joins, frames, floor=None, dry=0.01):
+def drift(x, y, joins, frames, floor=None, dry=0.01, area=None):
     """Do long sequences (N, L, H, W) stay what they were? {statistic: [first `frames` frames, last ones, ratio, its interval]}.
 
     x physical, y transformed (of rain itself a few storms decide the variance). joins: frames at which a window began to be
     new; the correlation with the frame before is compared with that elsewhere. The 95 % interval (low, high) is by a
-    bootstrap over sequences.
+    bootstrap over sequences, if there are five. area (H,): weights of rows, not of spectra.
     """
     anomaly, heavy, at = y - np.nanmean(y), np.nanquantile(x, 0.99), np.isin(np.arange(1, x.shape[1]), joins)
     share = lambda above: np.where(np.isnan(x), np.nan, x > above)
     fields = {"mean": x, "variance, transformed": anomaly**2, "share above quantile 0.99": share(heavy)} | ({} if floor is None else {"wet fraction": share(floor + dry)})
-    pairs = {name: [np.nanmean(part, (1, 2, 3)) for part in (a[:, :frames], a[:, -frames:])] for name, a in fields.items()}  # (N,) each
+    mean = lambda a: area_mean(a, (1, 2, 3), area)
+    pairs = {name: [mean(part) for part in (a[:, :frames], a[:, -frames:])] for name, a in fields.items()}  # (N,) each
     a, b = (np.stack([spatial_spectrum(one[None])[1] for one in np.nan_to_num(part)]) for part in (anomaly[:, :frames], anomaly[:, -frames:]))  # (N, K)
     K = a.shape[1]
     for i in range(min(3, K)):
         some = slice(i * K // 3, (i + 1) * K // 3) if K >= 3 else slice(i, i + 1)
         pairs[f"spatial power, transformed, wavenumbers {some.start + 1} to {some.stop}"] = [a[:, some].mean(1), b[:, some].mean(1)]
     products = anomaly[:, 1:] * anomaly[:, :-1] / np.nanvar(y)
-    pairs["lag-1 autocorrelation, transformed, inside and across joins"] = [np.nanmean(products[:, which], (1, 2, 3)) for which in (~at, at)]
-    drawn = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), 1000)  # how often each sequence is
+    pairs["lag-1 autocorrelation, transformed, inside and across joins"] = [mean(products[:, which]) for which in (~at, at)]
+    drawn = np.random.default_rng(0).multinomial(len(x) - 1, np.full(len(x), 1 / len(x)), 1000)  # how often each sequence is, as in `bootstrap`
     ratio = lambda a, b: np.divide(b, a, out=np.full(np.shape(a), np.nan), where=a != 0)
-    return {name: [float(a.mean()), float(b.mean()), float(ratio(a.mean(), b.mean())), *np.nanquantile(ratio(drawn @ a, drawn @ b), (0.025, 0.975)).tolist()] for name, (a, b) in pairs.items()}
+    interval = lambda a, b: np.nanquantile(ratio(drawn @ a, drawn @ b), (0.025, 0.975)).tolist() if len(x) >= 5 else []
+    return {name: [float(a.mean()), float(b.mean()), float(ratio(a.mean(), b.mean())), *interval(a, b)] for name, (a, b) in pairs.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -332,36 +332,15 @@ def above_lowest(z, logsnr, low):
 # ----------------------------------------------------------------------------------------------------------------------
 # losses
 
-WEIGHTINGS = ("v", "eps", "x", "truncated_snr", "min_snr", "sigmoid", "elbo")
-
-
-def log_weight(logsnr, weighting, log_p=None, gamma=5.0, bias=2.0):
-    """log of the factor m on the squared error of v. In K&G's form 1/2 E_p[w/p |eps - eps_hat|^2], w = 2 p m / alpha^2:
-
-    v              m = 1                       w = 2 p / alpha^2             (SNR + 1 on x)
-    eps            m = alpha^2                 w = 2 p                       (DDPM's L_simple)
-    x              m = sigma^2                 w = 2 p / SNR
-    truncated_snr  m = max(SNR, 1) sigma^2     w = 2 p max(1, 1 / SNR)       (distillation)
-    min_snr        m = min(SNR, 5) / (SNR + 1) w = 2 p min(1, 5 / SNR)
-    elbo           m = alpha^2 / (2 p)         w = 1                         (VDM eq. 14; needs log_p = log p)
-    sigmoid        m = elbo sigmoid(2 - l)     w = sigmoid(2 - logsnr)       (K&G; needs log_p)
-    """
-    if weighting == "v":
-        return torch.zeros_like(logsnr)
-    if weighting == "eps":
-        return logsigmoid(logsnr)
-    if weighting == "x":
-        return logsigmoid(-logsnr)
-    if weighting == "truncated_snr":
-        return logsnr.clamp(min=0) + logsigmoid(-logsnr)
-    if weighting == "min_snr":
-        return logsnr.clamp(max=math.log(gamma)) - softplus(logsnr)
-    elbo = logsigmoid(logsnr) - log_p.to(logsnr) - math.log(2)
-    if weighting == "elbo":
-        return elbo
-    if weighting == "sigmoid":
-        return elbo + logsigmoid(bias - logsnr)
-    raise ValueError(f"weighting '{weighting}' is not one of {', '.join(WEIGHTINGS)}")
+WEIGHTINGS = {  # log of the factor m on the squared error of v. In K&G's form 1/2 E_p[w/p |eps - eps_hat|^2], w = 2 p m / alpha^2
+    "v": lambda l, log_p: 0 * l,  # m = 1, w = 2 p / alpha^2 (SNR + 1 on x)
+    "eps": lambda l, log_p: logsigmoid(l),  # m = alpha^2, w = 2 p (DDPM's L_simple)
+    "x": lambda l, log_p: logsigmoid(-l),  # m = sigma^2, w = 2 p / SNR
+    "truncated_snr": lambda l, log_p: l.clamp(min=0) + logsigmoid(-l),  # m = max(SNR, 1) sigma^2, w = 2 p max(1, 1 / SNR) (distillation)
+    "min_snr": lambda l, log_p: l.clamp(max=math.log(5)) - softplus(l),  # m = min(SNR, 5) / (SNR + 1), w = 2 p min(1, 5 / SNR)
+    "elbo": lambda l, log_p: logsigmoid(l) - log_p.to(l) - math.log(2),  # m = alpha^2 / (2 p), w = 1 (VDM eq. 14); log_p is log p(l)
+    "sigmoid": lambda l, log_p: WEIGHTINGS["elbo"](l, log_p) + logsigmoid(2 - l),  # w = sigmoid(2 - logsnr) (K&G)
+}  # fmt: skip
 
 
 def log_v_factor(logsnr, param):
@@ -387,7 +366,7 @@ def training_loss(network, x, logsnr, eps, param="v", weighting="v", log_p=None,
     F = network(z, logsnr.to(z), cond)
     error = (F.to(z) - target(x, eps, logsnr, param)).abs()
     log_factor = log_v_factor(logsnr, param)
-    weight = (power / 2 * (log_weight(logsnr, weighting, log_p) + log_factor)).exp()
+    weight = (power / 2 * (WEIGHTINGS[weighting](logsnr, log_p) + log_factor)).exp()
     v_error = masked_mean(error.detach() ** 2, mask) * log_factor.exp().to(z)
     return weight.to(z) * masked_mean(error**power, mask), v_error
 
@@ -396,18 +375,19 @@ def training_loss(network, x, logsnr, eps, param="v", weighting="v", log_p=None,
 # likelihoods, in nats per sample: lower is better for bounds, log p is log p
 
 
-def batch_posterior(x, z, logsnr):
-    """E[x_i | z_i, all x]: which clip of the batch a z came from is uncertain, and the average over that is a better target.
+def clip_posterior(x, z, logsnr, others=None):
+    """E[x_i | z_i, the clips]: which of x and others a z came from is uncertain, and the average over that is a better target.
 
-    By the tower rule its mean given z_i is E[x | z_i] still, whatever the batch size, so the best denoiser is the same and
-    only the variance of the gradient falls (Rao-Blackwell; Xu et al. 2023 average over a larger set). It matters in much
-    noise: elsewhere the weights are 1 and 0 and x_i is itself. x, z (B, ...), logsnr (B,) -> (B, ...)
+    By the tower rule its mean given z_i is E[x | z_i] still, however many others (N, ...) drawn like x there are, so the best
+    denoiser is the same and only the variance of the gradient falls (Rao-Blackwell; Xu et al. 2023). It matters in much noise:
+    elsewhere the weights are 1 and 0 and x_i is itself. x, z (B, ...), logsnr (B,) -> (B, ...)
     """
     alpha, sigma = (c.to(x)[:, None] for c in alpha_sigma(logsnr))
-    flat = x.flatten(1)
-    log_p = alpha / sigma**2 * (z.flatten(1) @ flat.T - alpha / 2 * (flat**2).sum(1))  # -|z_i - alpha_i x_j|^2 / 2 sigma_i^2 + c
-    others = log_p.softmax(1) - torch.eye(len(x)).to(x)  # x_i itself is not multiplied: TF32 would round it
-    return x + (others @ flat).view_as(x)
+    sets = [a.flatten(1) for a in (x, others) if a is not None]
+    # -|z_i - alpha_i x_j|^2 / 2 sigma_i^2 + c
+    log_p = torch.cat([alpha / sigma**2 * (z.flatten(1) @ a.T - alpha / 2 * torch.linalg.vecdot(a, a)) for a in sets], 1)
+    weights = (log_p.softmax(1) - torch.eye(*log_p.shape).to(x)).split([len(a) for a in sets], 1)  # x_i itself is not multiplied: TF32 would round it
+    return x + sum(p @ a for p, a in zip(weights, sets)).view_as(x)
 
 
 def two_steps_in_one(denoise, z, t, mid, s, modes):
@@ -572,7 +552,7 @@ def flow(t, s, w):
 
     N is what an x_hat adds to Wiener's, alpha w Z / S with S = alpha^2 w + sigma^2, taken to be constant. With q = e^(logsnr / 2),
     dZ/dlogsnr = (alpha x_hat - alpha^2 Z) / 2 gives ratio^2 = S_s / S_t and gain = (S_s / w)^1/2 [asinh(w^1/2 q)] from t to s.
-    For w = 0 it is DDIM: sigma_s / sigma_t and alpha_s - alpha_t sigma_s / sigma_t.
+    As w goes to 0 it is DDIM: sigma_s / sigma_t and alpha_s - alpha_t sigma_s / sigma_t.
     """
     S = lambda logsnr: torch.sigmoid(logsnr) * w + torch.sigmoid(-logsnr)
     angle = lambda logsnr: torch.asinh(w.sqrt() * (logsnr / 2).exp())

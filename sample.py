@@ -100,6 +100,8 @@ def check(c):
     require(c.num_samples % c.members == 0, f"--num_samples={c.num_samples} must be a multiple of --members={c.members}")
     require(not c.exact or (c.task == "generate" and not c.length and not c.frames), "--exact belongs to --task=generate, with the length of the clips trained on")
     require(c.budget >= 1, f"--budget={c.budget} must be at least 1")
+    require(not c.experiment or (c.verify and c.task == "generate"), "--experiment compares what --task=generate draws: leave --task and --verify alone")
+    require(c.task not in ("encode", "morph") or c.steps != 1, f"--task={c.task} needs at least 2 --steps")
     require(not c.train_args or c.experiment, "--train_args belongs to --experiment")
 
 
@@ -122,7 +124,7 @@ def pose(c, settings, meta):
     require(not any(n % factor for n in size), f"--factor={factor} does not divide the grid of {size[0]} x {size[1]}")
     clips, start, before = np.full(shape, np.nan, np.float32), np.zeros(R, int), 0  # before: frames ahead of those read
     if c.task in GIVEN or c.task in ("edit", "encode", "morph") or c.input or meta["conditions"]:
-        record = data.open_climate(c.input, settings.variables) if c.input else train.open_trained(settings, meta)
+        record = data.open_climate(c.input, "" if c.input.endswith(".npy") else ",".join(meta["names"])) if c.input else train.open_trained(settings, meta)
         fine = list(record.size) == meta["size"] or (c.task == "superres" and [n * factor for n in record.size] == meta["size"])
         same = record.names == meta["names"] or (c.input.endswith(".npy") and len(record.names) == len(meta["names"]))  # .npy has no names
         require(same and fine, f"--input={c.input} has variables {record.names} on a grid {record.size}; the checkpoint needs {meta['names']} on {size}")
@@ -217,11 +219,9 @@ def make_step(c, known=False, modes=None, order=2):
 
 def make_grid(c, settings, meta):
     """The log-SNRs to visit, (steps + 1,): by default those of train.default_grid."""
-    if c.spacing == "auto":
-        grid = train.default_grid(c.steps, settings, meta)
-    else:
-        trained = train.levels(settings, meta)
-        grid = diffusion.sampling_grid(c.steps, *{"time": trained, "logsnr": ("logsnr", *trained[1:3]), "rho": ("rho", *train.sampling_range(settings, meta)[1:])}[c.spacing])
+    trained, emerging = train.levels(settings, meta), train.sampling_range(settings, meta)
+    ends = diffusion.logsnr_schedule([1.0, 0.0], *trained).tolist()  # linear and ddpm do not go as far as logsnr_min
+    grid = diffusion.sampling_grid(c.steps, *{"auto": emerging, "time": trained, "logsnr": ("logsnr", *ends), "rho": ("rho", *emerging[1:])}[c.spacing])
     if c.task == "edit":
         require(grid[0] <= c.edit_logsnr <= grid[-2], f"--edit_logsnr={c.edit_logsnr} lies outside the grid of log-SNR from {grid[0]:.1f} to {grid[-2]:.1f}")
         grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
@@ -244,7 +244,7 @@ def exact_denoiser(w, U):
     def denoise(z, logsnr):
         alpha, sigma = (diffusion.expand(a, z) for a in diffusion.alpha_sigma(logsnr.to(z)))
         Z = torch.einsum("yxts,bctyx->bcsyx", U.conj(), torch.fft.fft2(z, norm="ortho"))
-        Z = alpha * w / (alpha**2 * w + sigma**2) * Z
+        Z = diffusion.wiener(alpha, sigma, w)[0] * Z
         return torch.fft.ifft2(torch.einsum("yxts,bcsyx->bctyx", U, Z), norm="ortho").real
 
     w, U = w.float().permute(2, 0, 1), U.to(torch.complex64)  # (T, M, M), (M, M, T, T)
@@ -274,9 +274,7 @@ def font(size=12):
 def colours(x, low, high, palette, gamma=1.0):
     """Field -> RGB uint8 (..., 3); grey where there is no data; gamma < 1 spreads the low values."""
     u = np.clip((np.nan_to_num(x, nan=low) - low) / (high - low), 0, 1) ** gamma * (len(palette) - 1)
-    i = np.minimum(u.astype(int), len(palette) - 2)
-    p = np.asarray(palette, np.float32)
-    rgb = p[i] + (u - i)[..., None] * (p[i + 1] - p[i])
+    rgb = np.stack([np.interp(u, range(len(palette)), channel) for channel in zip(*palette)], -1)
     return np.where(np.isfinite(x)[..., None], rgb, NO_DATA).astype(np.uint8)
 
 
@@ -593,29 +591,29 @@ def ruler(denoise, y, settings, meta, batch_size, device, draws=256):
     project = lambda x: (x.double().flatten(1) - mean) @ V
 
     def trial(l):
-        """Coefficients of the network's and of the best x_hat, (draws, D) each."""
+        """Coefficients of the network's and of the best x_hat, (draws, D) each, and the variance left to the best (D,)."""
         logsnr = torch.full((draws,), l, dtype=torch.float64)
         noise = lambda: torch.randn(draws, D, generator=generator, dtype=torch.float64)
         x = mean + (w.sqrt() * noise()) @ V.T
         z = diffusion.diffuse(x, logsnr, noise())
         alpha, sigma = diffusion.alpha_sigma(logsnr[:1])
-        best = alpha * w / (alpha**2 * w + sigma**2) * ((z - alpha * mean) @ V)
+        gain, left = diffusion.wiener(alpha, sigma, w)
+        best = gain * ((z - alpha * mean) @ V)
         z = z.float().view(-1, *y.shape[1:]).to(device)
-        return project(torch.cat([denoise(a, b).cpu() for a, b in zip(z.split(batch_size), logsnr.to(device).split(batch_size))])), best
+        return project(torch.cat([denoise(a, b).cpu() for a, b in zip(z.split(batch_size), logsnr.to(device).split(batch_size))])), best, left
 
     out, scores = {"excess": {}, "bands": []}, project(y) ** 2 / w  # (N, D), 1 on average
     if denoise is not None:
         for lo in range(train.LOGSNR_BINS[0] - 2, train.LOGSNR_BINS[-1] + 2, 2):
             parts = []
             for l in (lo + 0.5, lo + 1.5):
-                got, best = trial(l)
-                alpha2, sigma2 = 1 / (1 + math.exp(-l)), 1 / (1 + math.exp(l))
-                parts.append(float((got - best).pow(2).mean() / sigma2 / (w / (alpha2 * w + sigma2)).mean()))
+                got, best, left = trial(l)
+                parts.append(float((got - best).pow(2).mean() / left.mean()))
             out["excess"][f"{lo}..{lo + 2}"] = sum(parts) / 2
         print("\nexcess v-loss over the Bayes optimum, by log-SNR:\n  " + "  ".join(f"{k} {v:.1%}" for k, v in out["excess"].items()))
     print(f"{'modes':>12}{'eigenvalue':>13}{'log-SNR':>10}{'gain':>9}{'variance of the samples':>26}")
     for b, l in zip(bands, centres):
-        got, best = (a[:, b] for a in trial(l)) if denoise is not None else (torch.ones(1, 1), torch.ones(1, 1))
+        got, best = (a[:, b] for a in trial(l)[:2]) if denoise is not None else (torch.ones(1, 1), torch.ones(1, 1))
         each = scores[:, b].mean(1)  # (N,)
         band = {"modes": [b.start + 1, b.stop], "eigenvalue": math.exp(-l), "gain": float((got * best).sum() / best.pow(2).sum()), "variance": float(each.mean()), "error": float(each.std() / math.sqrt(len(each)))}
         out["bands"].append(band)
@@ -626,7 +624,7 @@ def ruler(denoise, y, settings, meta, batch_size, device, draws=256):
 # ----------------------------------------------------------------------------------------------------------------------
 # experiments: the same budget for every recipe, one table
 
-SEED_RECIPE = "--schedule=cosine --linear_skip=false", "--sampler=ancestral --spacing=time --steps=256"  # the dissertation's, with a quarter of its steps
+SEED_RECIPE = "--schedule=cosine --linear_skip=false", "--sampler=ancestral --spacing=time --steps=256 --noise_until=-1"  # the dissertation's, with a quarter of its steps
 EXPERIMENTS = {  # name: settings of train.py, of sample.py, share of the budget, what the dissertation reports
     "dissertation": {
         "transform none": ("--transform=none " + SEED_RECIPE[0], SEED_RECIPE[1], 1, "quantiles -25 %, |bias| 0.143"),
@@ -654,6 +652,8 @@ def run_experiment(c):
     folder = lambda *text: Path(c.out_dir) / f"run-{hashlib.sha256(' '.join(text).encode()).hexdigest()[:10]}"
     common = [f"--{k}={v}" for k, v in vars(c).items() if k not in ("experiment", "train_args", "budget", "out_dir")]
     lines = []
+    for _, for_sample, *_ in EXPERIMENTS[c.experiment].values():  # nothing is trained in vain
+        check(train.configure(__file__, [*common, *for_sample.split()], CHOICES))
     for name, (for_train, for_sample, share, seen) in EXPERIMENTS[c.experiment].items():
         settings = f"{c.train_args} {for_train} --max_iters={max(1, round(share * c.budget))}".split()
         trained, sampled = folder(*settings), folder(*settings, "|", *common, for_sample)
@@ -811,7 +811,7 @@ def main(argv=None):
         clip = pose(SimpleNamespace(**{**vars(c), "task": "edit", "num_samples": 1, "members": 1, "length": 0, "frames": 0, "input": ""}), settings, meta)
         blank = diffusion.Observation(clip.y.to(device), clip.mask.to(device))
         denoise, x_0 = guided(c, run, settings, meta, blank, None), data.normalise(clip.truth, meta["transform"])[0].to(device)
-        theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), step_over(range(settings.frames)), generators(c.seed, [0]), meta)
+        theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), make_step(c, False, run.modes(settings.frames), 1 if settings.distill else 2), generators(c.seed, [0]), meta)
         written.append("theory.png")
     if c.verify and c.task in ("generate", *GIVEN, "extend", "loop", "edit"):
         written += verify(c, settings, meta, problem, x, ensemble, lead, folder)
@@ -856,10 +856,10 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
                 made_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)  # the window that drew each frame
                 part = max(T, L // 8)
                 transformed = data.normalise(sequences, meta["transform"])[0][:, i].numpy()
-                report[name]["drift"] = data.drift(sequences[:, i], np.where(np.isfinite(sequences[:, i]), transformed, np.nan), 1 + np.flatnonzero(np.diff(made_by)), part, floor, dry)
+                report[name]["drift"] = data.drift(sequences[:, i], np.where(np.isfinite(sequences[:, i]), transformed, np.nan), 1 + np.flatnonzero(np.diff(made_by)), part, floor, dry, area)
                 print(f"  {f'from the first {part} frames to the last':<64}{'first':>10}{'last':>10}{'ratio':>8}  95 % interval")
                 for label, (a, b, ratio, *interval) in report[name]["drift"].items():
-                    print(f"  {label:<64}{a:>10.4f}{b:>10.4f}{ratio:>8.3f}  {interval[0]:.2f} .. {interval[1]:.2f}")
+                    print(f"  {label:<64}{a:>10.4f}{b:>10.4f}{ratio:>8.3f}  {' .. '.join(f'{v:.2f}' for v in interval)}")
             continue
         references = {}
         seen, there = np.isfinite(problem.lifted[0, i]), np.isfinite(problem.truth[0, i])
@@ -870,7 +870,7 @@ def verify(c, settings, meta, problem, x, ensemble, lead, folder):
             references["persistence"] = problem.truth[None, :, i, whole[np.abs(np.arange(L)[:, None] - whole).argmin(1)]]
         references["climatology"] = drawn[:, None, i]  # (50, 1, 1, H, W)
         g = lambda a: np.where(np.isfinite(a), data.normalise(a[..., None, :, :, :], meta["transform"][i : i + 1])[0][..., 0, :, :, :].numpy(), np.nan)
-        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + dry, g)
+        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + dry, g, area)
         print_ensemble(name, units, r)
         ensemble_picture(picture, r, report[name]["curves"], meta, i)
     if len(meta["names"]) > 1:

@@ -294,30 +294,36 @@ def test_distance_from_the_lowest_value_tells_the_noise_of_dry_cells(l):
         assert ((got - expected).abs() < 0.03 * (1 + expected.abs())).all()
 
 
-def test_batch_posterior_keeps_the_mean():
-    # data that are 0, 1 or 4 with known odds: the target averaged over all batches of three that gave this z is E[x | z]
+def test_clip_posterior_keeps_the_mean():
+    # data that are 0, 1 or 4 with known odds: the target averaged over all batches of three that gave this z, or of two and
+    # one clip beside it, is E[x | z]
     values, odds = f64([0.0, 1.0, 4.0]), f64([0.5, 0.3, 0.2])
     for l, z in ((-3.0, 0.4), (0.0, 1.1), (4.0, 3.0)):
         logsnr = f64([l])
         alpha, sigma = D.alpha_sigma(logsnr)
         likelihood = (-0.5 * ((z - alpha * values) / sigma) ** 2).exp()
         exact = (odds * likelihood * values).sum() / (odds * likelihood).sum()
-        total = norm = 0
-        for batch in itertools.product(range(3), repeat=3):
-            p = odds[list(batch)].prod() * likelihood[batch[0]]  # z came from the first clip
-            target = D.batch_posterior(values[list(batch)][:, None], f64([[z]] * 3), logsnr.expand(3))[0, 0]
-            total, norm = total + p * target, norm + p
-        assert (total / norm).item() == pytest.approx(exact.item(), abs=1e-12)
+        for size in (3, 2):
+            total = norm = 0
+            for drawn in itertools.product(range(3), repeat=3):
+                p, x = odds[list(drawn)].prod() * likelihood[drawn[0]], values[list(drawn)][:, None]  # z came from the first clip
+                target = D.clip_posterior(x[:size], f64([[z]] * size), logsnr.expand(size), x[size:])[0, 0]
+                total, norm = total + p * target, norm + p
+            assert (total / norm).item() == pytest.approx(exact.item(), abs=1e-12)
     x, eps, l = torch.randn(5, 1, 2, 3, 3), torch.randn(5, 1, 2, 3, 3), f64([-9.0, -3.0, 0.0, 5.0, 30.0])
     b = train.average_targets(train.SimpleNamespace(x=x, eps=eps, logsnr=l, cond=None, mask=None, mix=None))
     torch.testing.assert_close(D.diffuse(b.x, l, b.eps), D.diffuse(x, l, eps))  # the same z
     assert torch.equal(b.x[4], x[4]) and torch.equal(b.eps[4], eps[4])  # without noise every clip is itself
     with torch.autocast("cpu", torch.bfloat16):  # also where products are rounded, as in TF32 on a GPU
-        assert torch.equal(D.batch_posterior(20 * x, 20 * x, f64([30.0] * 5)), 20 * x)
+        assert torch.equal(D.clip_posterior(20 * x, 20 * x, f64([30.0] * 5)), 20 * x)
+        twins, noise = x[:1].expand(6, -1, -1, -1, -1), eps[:1].expand(6, -1, -1, -1, -1)
+        assert torch.equal(train.average_targets(train.SimpleNamespace(x=twins, eps=noise, logsnr=f64([9.0] * 6), cond=None, mask=None, mix=None)).eps, noise)
     assert (b.x[0] - x.mean(0)).abs().max() < 0.2  # in noise it is any of them
+    others = train.average_targets(train.SimpleNamespace(x=x, eps=eps, logsnr=l - 6, cond=None, mask=None, mix=None), 3 + torch.zeros(95, 1, 2, 3, 3)).x[0]
+    torch.testing.assert_close(others, 0.05 * x.mean(0) + 0.95 * 3, rtol=0, atol=0.2)  # or any of the others
     for other in ("mask", "mix"):  # clips that differ in more than x are not exchangeable
         c = train.SimpleNamespace(**{"x": x, "eps": eps, "logsnr": l, "cond": None, "mask": None, "mix": None, other: x})
-        assert torch.equal(train.average_targets(c).x, x)
+        assert torch.equal(train.average_targets(c, x + 1).x, x)
     cond = torch.zeros_like(x)
     cond[1, 0, 1, 2, 2] = -0.5  # nor is one that was told anything of itself; any other may have been each of the five
     c = train.average_targets(train.SimpleNamespace(x=x, eps=eps, logsnr=l, cond=cond, mask=None, mix=None))
@@ -557,6 +563,9 @@ def test_default_grid_gives_every_mode_its_variance():
         grid, step = sample.make_grid(c, settings, {"modes": w}), sample.make_step(c)
         for v in w.tolist():
             assert variance_of(step, grid, v) == pytest.approx(v, rel=tolerance), line
+    settings.schedule, c = "linear", train.configure(sample.__file__, ["--spacing=logsnr", "--steps=4"], sample.CHOICES)
+    assert sample.make_grid(c, settings, {"modes": w})[:-1].tolist() == pytest.approx(np.linspace(-math.log(math.expm1(10.05)), 30, 5)[:-1].tolist(), abs=1e-6)  # as far as it was trained
+    settings.schedule = "spectrum"
     torch.manual_seed(0)
     for line in ("--sampler=langevin --steps=256", "--sampler=pc --steps=256"):
         c = train.configure(sample.__file__, line.split(), sample.CHOICES)
@@ -975,6 +984,8 @@ def test_change_of_variables_is_the_slope_of_the_transform(name):
     f, h = {"name": name, "floor": None, **fit(np.random.default_rng(0).standard_normal(999), None), "mean": 0.3, "std": 1.7}, 1e-5
     slope = (g(x + h, f) - g(x - h, f)) / 1.7 / (2 * h)
     np.testing.assert_allclose(data.log_slope(x, [f]).numpy(), np.log(slope).ravel(), atol=1e-6)
+    gappy = np.concatenate([x, np.full_like(x, np.nan)], 4)  # what is missing has no density
+    np.testing.assert_allclose(data.log_slope(gappy, [f]).numpy(), np.log(slope).ravel(), atol=1e-6)
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -1098,7 +1109,7 @@ def test_netcdf_and_zarr_files(tmp_path):
         assert c.calendar in (calendar, "standard") and np.allclose(np.diff(c.hours), 24) and date(c, 1) == "2001-02-21" and c.wraps() and c.dims == ("lat", "lon")
         assert c.coords["lat"]["values"][0] == 60 and c.attrs[0]["units"] == "K" and set(c.coords) == {"lat", "lon"}
         assert data.open_climate(tmp_path / "a.nc").names == ["t2m", "pr"]
-        with pytest.raises(data.InputError, match="choose --variables from t2m, pr"):
+        with pytest.raises(data.InputError, match="it has t2m, pr"):
             data.open_climate(tmp_path / "a.nc", "crs")
         (tmp_path / "a.nc").unlink(), (tmp_path / "b.nc").unlink()
     old = ds[["pr"]].assign_coords(time=xr.date_range("0850-01-01", periods=24, freq="D", calendar="standard", use_cftime=True))
@@ -1433,6 +1444,8 @@ def test_ruler_of_denoisers_whose_errors_are_known(capsys):
 
 
 def test_experiments_run_their_recipes_once(field, tmp_path, capsys, monkeypatch):
+    for recipe in itertools.chain(*(table.values() for table in sample.EXPERIMENTS.values())):
+        sample.check(train.configure(sample.__file__, ["--noise_until=0", *recipe[1].split()], sample.CHOICES))  # what is given for all fits each
     monkeypatch.setitem(sample.EXPERIMENTS, "dissertation", {"plain": ("--transform=none", "", 1, "it said"), "half": ("--transform=none", "", 0.5, ""), "clipped": ("--transform=none", "--clip=true", 1, "")})
     settings = " ".join(a for a in field if "out_dir" not in a)
     args = ["--experiment=dissertation", "--budget=4", f"--out_dir={tmp_path}/x", f"--train_args={settings}", "--steps=3", "--num_samples=4", "--device=cpu", "--dtype=float32"]
@@ -1940,10 +1953,19 @@ def test_ensemble_scores():
     r = data.verify_ensemble(members, gappy, {"persistence": truth[None, :, :1]}, [0.0, 1.0, 2.0])
     assert r["lead_hours"] == [1.0, 2.0] and r["crps"] == pytest.approx(data.crps(members, truth)[:, 1:].mean((0, 2, 3)))
     assert r["crps_persistence"] == pytest.approx(np.abs(truth[:, 1:] - truth[:, :1]).mean((0, 2, 3)))
+    rows = np.array([1, 3, 2, 1])  # a row of twice the area counts like two
+    gappy[:, :, 2, 1] = np.nan
+    by_area, repeated = data.verify_ensemble(members, gappy, {"zero": 0 * truth[None]}, [0.0, 1.0, 2.0], area=rows.astype(float)), data.verify_ensemble(*(np.repeat(a, rows, -2) for a in (members, gappy)), {"zero": np.repeat(0 * truth[None], rows, -2)}, [0.0, 1.0, 2.0])
+    for key in ("crps", "crps_zero", "energy_score", "spread", "rmse", "spread_skill", "spread_skill_transformed"):
+        assert by_area[key] == pytest.approx(repeated[key]) and by_area[key] != pytest.approx(data.verify_ensemble(members, gappy, {"zero": 0 * truth[None]}, [0.0, 1.0, 2.0])[key]), key
 
 
 def test_errors_of_sampling_know_what_belongs_together():
     rng = np.random.default_rng(0)
+    five = rng.normal(size=5)
+    draw, _ = data.bootstrap(five, five, lambda a: {"sum": a.sum(), "count": a.size}, paired=True)
+    means = [s["sum"] / s["count"] for s, _ in (draw(rng) for _ in range(4000))]
+    assert np.var(means) == pytest.approx(five.var(ddof=1) / 5, rel=0.1)  # the unbiased variance of a mean of five
     mean = lambda a: {"sum": a.sum(), "count": a.size}
     of = lambda sums: np.array([S["sum"] / S["count"] for S in sums])
     group = rng.normal(size=80)
@@ -1991,6 +2013,9 @@ def test_drift_sees_fading_and_seams():
     for low, high in (d["variance, transformed"][3:], again["variance, transformed"][3:]):
         assert low < d["variance, transformed"][2] < high and (high - low) / 3.92 == pytest.approx(np.std(halves) / math.sqrt(6), rel=0.6)
     assert d["spatial power, transformed, wavenumbers 1 to 1"][2] == pytest.approx(0.29, abs=0.06)
+    rows = np.array([1, 2, 1, 3, 1, 1])
+    assert data.drift(x, x, [10], 4, area=rows.astype(float))["mean"][:3] == pytest.approx(data.drift(np.repeat(x, rows, 2), np.repeat(x, rows, 2), [10], 4)["mean"][:3])
+    assert len(data.drift(x[:5], x[:5], [10], 4)["mean"]) == 5 and len(data.drift(x[:4], x[:4], [10], 4)["mean"]) == 3  # of four sequences no interval
     x[..., 0, 0] = np.nan  # land
     land = data.drift(x, 2 * x, [10, 20, 30], 4)
     assert land["spatial power, transformed, wavenumbers 1 to 1"][2] == pytest.approx(d["spatial power, transformed, wavenumbers 1 to 1"][2], rel=0.1)
@@ -2088,7 +2113,7 @@ def test_guided_samples_do_not_depend_on_the_batch(field, tmp_path):
     train.main([*field, "--max_iters=2"])
     drawn = []
     for size in (1, 4):
-        sample.main([f"--out_dir={tmp_path}/out", "--task=forecast", "--members=2", "--num_samples=4", f"--batch_size={size}", "--steps=3", "--method=moment_matching", "--cg_steps=3", "--device=cpu", "--dtype=float32", "--verify=false"])
+        sample.main([f"--out_dir={tmp_path}/out", "--task=forecast", "--members=2", "--num_samples=4", f"--batch_size={size}", "--steps=3", "--method=moment_matching", "--cg_steps=2", "--device=cpu", "--dtype=float32", "--verify=false"])
         drawn.append(np.load(tmp_path / "out/samples/samples.npz")["samples"])
     np.testing.assert_allclose(*drawn, rtol=1e-3, atol=1e-4)
     assert np.abs(drawn[0][:, 0] - drawn[0][:, 1])[:, :, -1].max() > 1e-2  # members differ
@@ -2147,7 +2172,7 @@ def test_what_a_problem_is_posed_of(field, tmp_path, monkeypatch):
     torch.testing.assert_close(told[1, 1, 3].double(), torch.from_numpy((hill[:8] - hill[:8].mean()) / hill[:8].std()), rtol=1e-5, atol=1e-5)
     holes = x[:, :8].copy()
     holes[30:32, 2] = np.nan
-    np.savez(tmp_path / "holes.npz", wave=holes, hill=hill[:8], tide=tide)  # without times: frames of 6 hours
+    np.savez(tmp_path / "holes.npz", more=x[:, :8], wave=holes, hill=hill[:8], tide=tide)  # without times: frames of 6 hours
     gaps = pose("--task=inpaint", f"--input={tmp_path}/holes.npz", "--num_samples=5")
     assert (gaps.mask == 0).flatten(1).any(1).all() and gaps.hours[0].tolist() == [162, 168, 174, 180] and gaps.hours[-1, 0] == 6 * 31
     np.savez(tmp_path / "other.npz", wave=x[:, :8], time=3.0 * np.arange(60), hill=hill[:8], tide=tide)
@@ -2203,6 +2228,21 @@ def test_training_overfits_one_clip(tmp_path):
     assert (z - x[:2]).pow(2).mean() < 0.1  # every sample is the one clip it knows, whose variance is 1
 
 
+def test_targets_are_averaged_over_the_clips_of_the_last_steps(field, tmp_path, monkeypatch):
+    average, seen = train.average_targets, []
+    monkeypatch.setattr(train, "average_targets", lambda b, others: seen.append((b.x, others.clone())) or average(b, others))
+    monkeypatch.setattr(train, "RECENT", 3 * 2 * 4 * 4 * 9 * 10)  # three steps of two micro-batches of four clips
+    train.main([*field, "--max_iters=4", "--gradient_accumulation_steps=2"])
+    train.main([*field, "--init_from=resume", "--max_iters=6"])
+    as_set = lambda clips: sorted(map(tuple, clips.flatten(1).tolist()))
+    for i, (_, others) in enumerate(seen):
+        assert as_set(others) == as_set(torch.cat([others[:0], *(seen[j][0] for j in range(max(i % 2, i - 6), i, 2))])), i
+    seen.clear()
+    for folder, more in (("i", "--image_share=0.5"), ("p", "--loss_power=1"), ("t", "--average_targets=false")):
+        train.main([*field, "--max_iters=1", f"--out_dir={tmp_path}/{folder}", more])
+    assert not seen
+
+
 def test_resume_is_bit_identical(field, tmp_path):
     train.main([*field, "--max_iters=6", "--eval_interval=3"])
     whole = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
@@ -2239,7 +2279,7 @@ def test_batches_are_made_ahead():
 
 
 def test_students_take_their_teachers_steps(field, tmp_path, monkeypatch):
-    train.main([*field, "--max_iters=60", "--warmup_iters=5", "--condition=nothing"])
+    train.main([*field, "--max_iters=60", "--warmup_iters=5", "--condition=nothing", "--average_targets=false"])  # so that few of its steps are worse than many
     students = [f"--out_dir={tmp_path}/s", f"--distill={tmp_path}/out/ckpt.pt", "--distill_steps=4,2", "--max_iters=120", "--learning_rate=0.003", "--device=cpu"]
     train.main(students)
 
@@ -2260,8 +2300,10 @@ def test_students_take_their_teachers_steps(field, tmp_path, monkeypatch):
         drawn(tmp_path / "s/steps-2", "--steps=16")
     with pytest.raises(data.InputError, match="--distill_steps is 2 in the checkpoint"):
         train.main([f"--out_dir={tmp_path}/s/steps-2", "--init_from=resume", "--distill_steps=4"])
+    with pytest.raises(data.InputError, match="student of 4 steps"):  # it knows the levels of its own steps alone
+        train.main([f"--out_dir={tmp_path}/t", f"--distill={tmp_path}/s/steps-4/ckpt.pt", "--distill_steps=4"])
     before = (tmp_path / "s/steps-4/ckpt.pt").read_bytes()
-    train.main(students)  # nothing is left to do
+    train.main([part for a in students for part in a.split("=", 1)])  # nothing is left to do, however it is spelt
     assert (tmp_path / "s/steps-4/ckpt.pt").read_bytes() == before
 
 
@@ -2347,7 +2389,7 @@ def test_train_and_sample_from_the_command_line(field, tmp_path, settings, optio
 
 
 def test_edit_encode_morph_theory_and_likelihood(field, tmp_path, capsys):
-    train.main([*field, "--max_iters=2", "--ode_clips=2"])
+    train.main([*field, "--max_iters=2", "--ode_clips=2", "--variables=wave"])
     args = [f"--out_dir={tmp_path}/out", "--num_samples=3", "--batch_size=2", "--device=cpu", "--dtype=float32"]
     drawn = {}
     for task in ("--task=encode --sampler=ode --steps=60", "--task=morph --sampler=ode --steps=60", "--task=edit --edit_logsnr=7 --spacing=logsnr --steps=100 --theory=true --num_samples=2"):
@@ -2361,11 +2403,14 @@ def test_edit_encode_morph_theory_and_likelihood(field, tmp_path, capsys):
     made_of = json.loads((tmp_path / "out/samples/verify.json").read_text())["wave"]["rows"]["mean"]["values"][1]
     assert made_of == pytest.approx(given[[0, 2]].mean(), rel=1e-5)
     assert "round trip" in capsys.readouterr().out and (tmp_path / "out/samples/theory.png").exists()
+    sample.main([*args, "--task=forecast", "--frames=2", "--known=1", "--steps=3", "--theory=true", f"--input={tmp_path}/wave.npy", "--verify=false"])  # a .npy has no names
     train.main([*field, "--init_from=resume", "--eval_only=true", "--ode_steps=40", "--ode_clips=6", "--eval_iters=40"])
     table = {l[2:36].strip(): [float(v) for v in l[36:].split()] for l in capsys.readouterr().out.splitlines() if l.startswith("  ")}
     nats, error, bits = table["continuous bound"]
     assert nats == pytest.approx(sum(table[k][0] for k in ("prior", "diffusion", "reconstruction")), abs=1e-3) and bits == pytest.approx(nats / math.log(2), abs=1e-3)
     fitted = checkpoint["data"]["transform"][0]
+    train.main([*field, "--init_from=resume", "--eval_only=true", "--ode_steps=0", "--eval_iters=40", "--image_share=0.5"])
+    assert f"{nats:.4f}" in capsys.readouterr().out.split("continuous bound")[1].splitlines()[0]  # clips alone are scored
     assert table["continuous bound, physical"][0] == pytest.approx(nats + math.log(fitted["std"]), abs=1e-3)  # log |dx/dy|
     assert table["discrete bound, T = 1000"][0] > nats - 3 * error
     assert table["probability-flow ODE"][0] == pytest.approx(nats, abs=3 * error + 3 * table["probability-flow ODE"][1] + 0.3)
@@ -2470,7 +2515,7 @@ def bad(script, line, message):
     bad(sample, "--out_dir=ok --task=bridge --length=4", "nothing between"), bad(sample, "--out_dir=ok --task=inpaint --input=good.npy", "has no NaN"), bad(sample, "--task=forecast --method=moment_matching --cg_steps=0", "at least 1"), bad(sample, "--task=forecast --cg_steps=9", "belongs to"), bad(sample, "--out_dir=ok --exact=true --sampler=modes", "modes of the data"), bad(sample, "--task=forecast --guidance_weight=5", "belongs to"),
     bad(sample, "--out_dir=ok --guidance_scale=2", "needs a checkpoint"), bad(sample, "--out_dir=ok --task=forecast --length=99", "no 99 consecutive frames"),
     bad(train, "--dataset=good.npy --frames=4 --condition=hour", "calendar"), bad(train, "--dataset=good.npy --frames=4 --condition=hill", "is not one of known"), bad(train, "--image_share=1", "[0, 1)"),
-    bad(train, "--image_share=0.1 --batch_size=4", "less than one clip"), bad(sample, "--out_dir=ok --length=24 --frames=4 --known=10", "leave nothing to draw"), bad(sample, "--dry=-1", "at least 0"), bad(sample, "--out_dir=ok --task=forecast --length=4 --frames=3 --obs_std=0.1", "single window"),
+    bad(train, "--image_share=0.1 --batch_size=4", "less than one clip"), bad(train, "--image_share=0.99", "or all of them"), bad(sample, "--task=encode --sampler=ode --steps=1", "at least 2"), bad(sample, "--experiment=ablation --verify=false", "leave --task and --verify"), bad(sample, "--out_dir=ok --length=24 --frames=4 --known=10", "leave nothing to draw"), bad(sample, "--dry=-1", "at least 0"), bad(sample, "--out_dir=ok --task=forecast --length=4 --frames=3 --obs_std=0.1", "single window"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_changes_nothing(script, args, message, bad_files, capsys, monkeypatch):
     monkeypatch.chdir(bad_files)

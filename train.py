@@ -79,7 +79,7 @@ logsnr_min = -30.0  # truncation of the schedule: pure noise
 logsnr_max = 30.0  # truncation of the schedule: data
 shift = 1.0  # adds 2 log(shift) to the log-SNR of cosine, linear, flow, normal; below 1 trains more on noise (large fields)
 weighting = "auto"  # auto (that of param), v, eps, x, truncated_snr, min_snr, sigmoid, elbo
-average_targets = True  # the target of a clip that is told nothing is the mean of the batch's clips, each as likely as the noisy clip makes it: the same expectation, less variance
+average_targets = True  # the target of a clip that is told nothing is the mean of many clips, each as likely as the noisy clip makes it: the same expectation, less variance
 loss_power = 2  # 2 squared, 1 absolute error
 # optimisation
 batch_size = 32  # clips per micro-batch
@@ -118,6 +118,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"), "wrap_x": ("auto", "true", "false"), "loss_power": (1, 2),
 }  # fmt: skip
 FORMAT = 9  # of checkpoints
+RECENT = 2**24  # values of the clips of the last steps that targets are averaged over (64 MiB)
 TOGETHER = 2**25  # entries of the covariances in time and x, one for every row, at most
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints do not depend on the number of ranks
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
@@ -173,7 +174,7 @@ def check(c):
     require(max(-c.logsnr_min, c.logsnr_max) <= 60, "log-SNR beyond +-60 leaves the range of float32")
     require(c.shift > 0 and c.learning_rate > 0, "--shift and --learning_rate must be positive")
     require(0 <= c.condition_dropout < 1 and 0 <= c.image_share < 1, "--condition_dropout and --image_share must lie in [0, 1)")
-    require(c.image_share == 0 or round(c.image_share * c.batch_size) > 0, f"--image_share={c.image_share} of --batch_size={c.batch_size} is less than one clip")
+    require(c.image_share == 0 or 0 < round(c.image_share * c.batch_size) < c.batch_size, f"--image_share={c.image_share} of --batch_size={c.batch_size} is less than one clip, or all of them")
     require(0 <= c.ema_decay < 1 and 0 < c.beta2 < 1, "--ema_decay must lie in [0, 1), --beta2 in (0, 1)")
     require(c.schedule != "ddpm" or c.weighting not in ("elbo", "sigmoid"), f"--weighting={c.weighting} needs a density of log-SNR, which --schedule=ddpm (a discrete chain) has not: use --schedule=linear")
     require(c.shift == 1 or c.schedule in ("cosine", "linear", "flow", "normal"), f"--shift means nothing for --schedule={c.schedule}: use cosine, linear, flow or normal")
@@ -349,7 +350,7 @@ def save_checkpoint(path, checkpoint):
             os.link(path, previous)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Read a checkpoint (weights_only: nothing in it can run). Raises InputError naming the file and what to do."""
     path = Path(path)
     previous = path.with_suffix(".prev.pt")
@@ -360,7 +361,7 @@ def load_checkpoint(path, device="cpu"):
         with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums
             damaged = z.testzip()
         require(damaged is None, f"{path} is damaged (checksum of {damaged}){hint}")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
     except InputError:
         raise
@@ -375,8 +376,7 @@ def load_checkpoint(path, device="cpu"):
 
 def build(checkpoint, device):
     """The network of a checkpoint with its averaged weights, ready to sample."""
-    config = Config(**{**checkpoint["config"], "mults": tuple(checkpoint["config"]["mults"])})
-    network = UNet(config)
+    network = UNet(Config(**checkpoint["config"]))
     network.load_state_dict(checkpoint["ema"])
     return network.to(device).eval().requires_grad_(False)
 
@@ -426,10 +426,10 @@ def micro_batch(climate, starts, c, meta, device, stream, teacher=None):
     """
     T, single = c.frames, round(c.image_share * c.batch_size)
     index = data.pick(starts, stream[0], stream[1:], c.batch_size)[:, None] + np.arange(T)  # (B, T)
+    physical = data.clips(climate, index[single:, 0], T)
     if single:  # frames from anywhere
         index[:single] = data.pick(starts, stream[0], (*stream[1:], 1), single * T).reshape(single, T)
-    physical = np.concatenate([np.stack([np.concatenate([climate.frames(i, i + 1) for i in row], 1) for row in index[:single]]) if single else np.empty((0, len(climate.names), T, *climate.size), np.float32),
-                               data.clips(climate, index[single:, 0], T)])  # fmt: skip
+        physical = np.concatenate([rearrange(data.clips(climate, index[:single].ravel(), 1), "(b t) c 1 h w -> b c t h w", t=T), physical])
     x, mask = data.normalise(physical, meta["transform"])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
     t = diffusion.stratified_times(c.batch_size, generator)
@@ -487,12 +487,13 @@ def ahead(f, keys, background):
             yield coming.result()
 
 
-def average_targets(b):
-    """A batch with the same z and targets of less variance (diffusion.batch_posterior) for the clips that are told nothing."""
+def average_targets(b, others=None):
+    """A batch with the same z and targets of less variance (diffusion.clip_posterior) for the clips that are told nothing."""
     if b.mask is None and b.mix is None:
-        average = diffusion.batch_posterior(b.x, diffusion.diffuse(b.x, b.logsnr, b.eps), b.logsnr)
-        told = b.x.new_zeros(len(b.x)) if b.cond is None else (b.cond != 0).flatten(1).any(1)
-        b = retarget(b, torch.where(diffusion.expand(told, b.x) > 0, b.x, average))
+        average = diffusion.clip_posterior(b.x, diffusion.diffuse(b.x, b.logsnr, b.eps), b.logsnr, others)
+        own = b.logsnr.to(b.x) > 6  # hardly another clip is as likely, and alpha / sigma would make much of rounding errors
+        own = own if b.cond is None else own | (b.cond != 0).flatten(1).any(1)
+        b = retarget(b, torch.where(diffusion.expand(own, b.x), b.x, average))
     return b
 
 
@@ -530,6 +531,7 @@ def likelihood(network, climate, starts, c, meta, device):
     The bounds average over eval_iters batches, the probability-flow ODE over ode_clips clips with one Hutchinson probe
     each. 'physical' rows include the transform's change of variables; rain, with its atom at 0, has no such density.
     """
+    c = SimpleNamespace(**{**vars(c), "image_share": 0.0})  # of clips, not of unrelated frames
     run, lo, hi = run_network(network.eval(), device, torch.float32, c, meta), c.logsnr_min, c.logsnr_max
     grid = torch.linspace(lo, hi, c.bound_steps + 1, dtype=torch.float64)
     rows = {}
@@ -585,13 +587,17 @@ def logged_until(line, step):
         return False  # torn by a crash
 
 
+def given(argv):
+    """Names of the settings on a command line."""
+    return {a.split("=")[0].lstrip("-") for a in argv if a.startswith("--")}
+
+
 def inherit(c, settings, argv):
     """A resumed run has the settings it was started with, but for those given now; those in FIXED cannot change."""
-    given = {a.split("=")[0].lstrip("-") for a in argv if a.startswith("--")}
     for key, value in settings.items():
         if key in FIXED:
-            require(key not in given or getattr(c, key) == value, f"--{key} is {value} in the checkpoint and cannot change; start a new run in another --out_dir")
-        if key not in given and key not in ("out_dir", "init_from", "eval_only"):
+            require(key not in given(argv) or getattr(c, key) == value, f"--{key} is {value} in the checkpoint and cannot change; start a new run in another --out_dir")
+        if key not in given(argv) and key not in ("out_dir", "init_from", "eval_only"):
             setattr(c, key, value)
 
 
@@ -665,7 +671,7 @@ def make_optimizer(c, network, device):
 
 def distill(c, argv):
     """A chain of students, each an ordinary run in its own folder that takes two steps of the one before in one; goes on where it stopped."""
-    rest = [a for a in argv if a.split("=")[0] not in ("--distill", "--distill_steps", "--out_dir", "--init_from")]
+    rest = [f"--{name}={getattr(c, name)}" for name in given(argv) - {"distill", "distill_steps", "out_dir", "init_from"}]
     teacher = c.distill
     for steps in c.distill_steps.split(","):
         out = Path(c.out_dir) / f"steps-{steps}"
@@ -704,6 +710,9 @@ def main(argv=None):
         inherit(c, checkpoint["settings"], argv)
         require(c.distill_steps == checkpoint["settings"]["distill_steps"], f"--distill_steps is {checkpoint['settings']['distill_steps']} in the checkpoint and cannot change; start a new run in another --out_dir")
     taught = load_checkpoint(c.distill) if c.distill else None
+    if taught and taught["settings"]["distill"]:
+        steps = taught["settings"]["distill_steps"]
+        require(int(steps) == 2 * int(c.distill_steps), f"{c.distill} is a student of {steps} steps and knows no others: it can teach half as many, not --distill_steps={c.distill_steps}")
     if taught and not checkpoint:
         inherit(c, taught["settings"], argv)
     check(c)
@@ -770,7 +779,7 @@ def main(argv=None):
 
     def save():
         checkpoint = {  # all ranks take part, rank 0 has the result
-            "format": FORMAT, "settings": vars(c), "config": {**asdict(network.config), "mults": list(network.config.mults)}, "data": meta, "step": step, "pending": earlier + gather(seen, world),
+            "format": FORMAT, "settings": vars(c), "config": asdict(network.config), "data": meta, "step": step, "pending": earlier + gather(seen, world),
             "skipped": [float(skipped), float(in_a_row)], "model": get_model_state_dict(network, options=WHOLE), "ema": get_model_state_dict(ema.module, options=WHOLE),
             "optimizer": get_optimizer_state_dict(network, optimizer, options=WHOLE), "transform_optimizer": transform_optimizer.state_dict(),
         }  # fmt: skip
@@ -782,6 +791,15 @@ def main(argv=None):
     # on the CPU a second thread would only be in the way, and a transform that learns changes between batches
     keys = ((s, micro) for s in range(step, c.max_iters) for micro in range(rank, c.gradient_accumulation_steps, world))
     batches = ahead(lambda key: micro_batch(climate, train_starts, c, meta, device, (c.seed, *key), teacher), keys, device.type == "cuda" and not learning and not teacher)
+    # targets are averaged over the clips of the last steps too, each micro-batch over its own: so ranks need not exchange them
+    averaging = c.average_targets and c.loss_power == 2 and not (teacher or meta["masked"] or c.image_share)  # a mean of targets is not the best median
+    first = c.transform_iters * any(f["name"] == "learnt" for f in meta["transform"])  # step from which on clips stay as they are
+    shape = c.batch_size, C, c.frames, *climate.size
+    kept = max(1, RECENT // (c.gradient_accumulation_steps * math.prod(shape)))  # steps
+    recent = {micro: torch.zeros(kept, *shape, device=device) for micro in range(rank, c.gradient_accumulation_steps, world)} if averaging else {}
+    for s in range(max(first, step - kept), step):
+        for micro in recent:
+            recent[micro][(s - first) % kept] = micro_batch(climate, train_starts, c, meta, device, (c.seed, s, micro)).x
     seen, clock, clips_done = [], time.perf_counter(), 0
     bar = tqdm(total=c.max_iters, initial=step, desc="training", unit="it", smoothing=0.05, disable=rank > 0)
     network.train()
@@ -803,8 +821,9 @@ def main(argv=None):
                 gain = 0
                 if learning:
                     b.x, gain = data.learn(b.physical, b.x, meta["transform"])
-                elif c.average_targets and c.loss_power == 2 and not teacher:  # a mean of targets is not the best median
-                    b = average_targets(b)
+                elif averaging:
+                    x, b = b.x, average_targets(b, recent[micro][: step - first].flatten(0, 1))
+                    recent[micro][(step - first) % kept] = x
                 loss, v_error = batch_loss(run, c, meta, b)
                 ((loss.mean() - gain) * world / c.gradient_accumulation_steps).backward()
             seen.append((loss.detach(), v_error, b.logsnr))
