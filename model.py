@@ -1,14 +1,16 @@
-"""A compact space-time U-Net. It sees a noisy clip and its log-SNR, and knows nothing else about diffusion.
+"""The networks, and the denoiser that joins one to the Gaussian law of the data.
 
-Frames are folded into the batch, (B T) C H W in channels_last, so that every spatial convolution is a plain Conv2d;
-time is mixed in every block by a 3-tap convolution on a view of the same memory, (B, C, T, H W). Attention over space
-and over time acts at the lowest resolution. What a patch of cells has in common comes out of that; the last layer goes
-back to single cells, with the input of each and of its neighbours beside it: whether one is dry is seen there alone.
-Written so that torch.compile(fullgraph=True) fuses the small functions.
+A compact space-time U-Net sees a noisy clip and its log-SNR, and knows nothing else about diffusion. Frames
+are folded into the batch, (B T) C H W in channels_last, so that every spatial convolution is a plain Conv2d;
+time is mixed in every block by a 3-tap convolution on a view of the same memory, (B, C, T, H W). Attention
+over space and over time acts at the lowest resolution. What a patch of cells has in common comes out of that;
+the last layer goes back to single cells, with the input of each and of its neighbours beside it: whether one
+is dry is seen there alone. Any number of frames, any grid. Written so that torch.compile(fullgraph=True)
+fuses the small functions.
 """
+
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -16,11 +18,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
+import diffusion
+
 
 @dataclass
 class Config:
     in_channels: int = 1  # variables of the field
-    cond_channels: int = 0  # further input channels, not denoised (masks, static fields, known frames)
+    cond_channels: int = 0  # further input channels, not denoised
     width: int = 64  # channels at the first level; a multiple of 16
     mults: tuple = (1, 2)  # channel multiple per level; each level halves the resolution
     blocks: int = 2  # residual blocks per level, on the way down and on the way up
@@ -29,34 +33,26 @@ class Config:
     wrap_x: bool = False  # longitude is periodic: convolutions wrap around in x
 
 
-def per_clip(norm, h, T, mix=None):
-    """GroupNorm over the frames of a clip together: each by itself, a frame could not be wetter than the next. h (BT, C, H, W)
+# ------------------------------------------------------------------------------------------------------------
+# blocks
 
-    Frames that have nothing to do with each other (mix 0) are normalised each by itself. In channels_last both are views.
+
+def clip_norm(h, norm, T):
+    """GroupNorm over the frames of a clip together: each by itself, none could be wetter than the next. h
+    (BT, C, H, W)
     """
-    together = rearrange(norm(rearrange(h, "(b t) c h w -> b c (t h) w", t=T)), "b c (t h) w -> (b t) c h w", t=T)
-    return together if mix is None else torch.where(mix > 0, together, norm(h))
+    h = norm(rearrange(h, "(b t) c h w -> b c (t h) w", t=T))  # in channels_last a view
+    return rearrange(h, "b c (t h) w -> (b t) c h w", t=T)
 
 
-def norm_act(h, norm, T, mix=None, scale_shift=None):
-    """SiLU(GroupNorm(h) * (1 + scale) + shift). h (BT, C, H, W), scale_shift (BT, 2C, 1, 1)"""
-    h = per_clip(norm, h, T, mix)
-    return F.silu(h) if scale_shift is None else modulate_act(h, scale_shift)
-
-
-def modulate_act(h, scale_shift):
+def modulate(h, scale_shift):
     """SiLU(h * (1 + scale) + shift). h (BT, C, H, W), scale_shift (BT, 2C, 1, 1)"""
     scale, shift = scale_shift.chunk(2, 1)
     return F.silu(h * (1 + scale) + shift)
 
 
-def add(h, temporal, mix):
-    """h plus what mixes frames, but only in clips whose mix is 1 (None: in all). h, temporal (BT, C, H, W), mix (BT, 1, 1, 1)"""
-    return h + temporal if mix is None else torch.addcmul(h, temporal, mix)
-
-
 def rotary(x):
-    """Rotary embedding of the position along dim -2: attention then depends on time differences. x (..., T, d)"""
+    """Rotary embedding along dim -2: attention then depends on time differences. x (..., T, d)"""
     T, d = x.shape[-2:]
     freqs = 100.0 ** (-torch.arange(0, d, 2, device=x.device) / d)  # (d/2,) radians per frame
     angle = torch.arange(T, device=x.device)[:, None] * freqs  # (T, d/2)
@@ -66,7 +62,9 @@ def rotary(x):
 
 
 def attend(q, k, v):
-    """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but for short bfloat16 sequences on a CPU, where that is slower."""
+    """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but for short bfloat16 sequences on a CPU: faster
+    unfused.
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 128:
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -89,14 +87,15 @@ class TimeConv(nn.Conv2d):
     def __init__(self, c):
         super().__init__(c, c, (3, 1), padding=(1, 0))
 
-    def forward(self, h, T, mix):
-        H, W = h.shape[-2:]
-        x = rearrange(h, "(b t) c h w -> b c t (h w)", t=T)
-        return add(h, rearrange(super().forward(x), "b c t (h w) -> (b t) c h w", h=H, w=W), mix)
+    def forward(self, h, T):
+        x = super().forward(rearrange(h, "(b t) c h w -> b c t (h w)", t=T))
+        return h + rearrange(x, "b c t (h w) -> (b t) c h w", h=h.shape[-2])
 
 
 class Block(nn.Module):
-    """Residual block: norm, 3x3 in space, 3 taps in time, norm modulated by the log-SNR, 3x3 in space (zero at start)."""
+    """Residual block: norm, 3x3 in space, 3 taps in time, norm modulated by the log-SNR, 3x3 in space (0 at
+    start).
+    """
 
     def __init__(self, c_in, c_out, wrap_x):
         super().__init__()
@@ -104,14 +103,11 @@ class Block(nn.Module):
         self.time = TimeConv(c_out)
         self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), Conv(c_out, c_out, wrap_x)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        zero(self.conv2)
 
-    def forward(self, x, scale_shift, T, mix=None):
-        h = self.conv1(norm_act(x, self.norm1, T, mix))
-        h = self.time(h, T, mix)
-        h = self.conv2(norm_act(h, self.norm2, T, mix, scale_shift))
-        return self.skip(x) + h
+    def forward(self, x, scale_shift, T):
+        h = self.time(self.conv1(F.silu(clip_norm(x, self.norm1, T))), T)
+        return self.skip(x) + self.conv2(modulate(clip_norm(h, self.norm2, T), scale_shift))
 
 
 class Attention(nn.Module):
@@ -121,48 +117,57 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.axis = heads, axis
         self.norm, self.qkv, self.out = nn.GroupNorm(1, c), nn.Linear(c, 3 * c, bias=False), nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero(self.out)
 
-    def forward(self, x, T, mix=None):
-        H, W = x.shape[-2:]
+    def forward(self, x, T):
         tokens = {"space": "(b t) (h w)", "time": "(b h w) t"}[self.axis]
-        qkv = self.qkv(rearrange(per_clip(self.norm, x, T, mix), f"(b t) c h w -> {tokens} c", t=T))
+        qkv = self.qkv(rearrange(clip_norm(x, self.norm, T), f"(b t) c h w -> {tokens} c", t=T))
         q, k, v = rearrange(qkv, "n l (three heads d) -> three n heads l d", three=3, heads=self.heads)
         if self.axis == "time":
             q, k = rotary(q), rotary(k)
-        y = rearrange(attend(q, k, v), "n heads l d -> n l (heads d)")
-        y = rearrange(self.out(y), f"{tokens} c -> (b t) c h w", t=T, h=H, w=W)
-        return add(x, y, mix if self.axis == "time" else None)
+        y = self.out(rearrange(attend(q, k, v), "n heads l d -> n l (heads d)"))
+        return x + rearrange(y, f"{tokens} c -> (b t) c h w", t=T, h=x.shape[-2], w=x.shape[-1])
 
 
 class Cell(nn.Module):
-    """From what its patch says, its own input and that around it, 3x5x5, to the prediction for a cell; zero at start."""
+    """From what its patch says, its own input and that around it, 3x5x5, to the prediction for a cell; 0 at
+    start.
+    """
 
     def __init__(self, features, c_in, hidden, c_out, wrap_x):
         super().__init__()
         self.near = Conv(3 * c_in, features, wrap_x, size=5)
         self.inner, self.out = nn.Conv2d(2 * features + c_in, hidden, 1), nn.Conv2d(hidden, c_out, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero(self.out)
 
-    def forward(self, features, cells, scale_shift, T, mix=None):
+    def forward(self, features, cells, scale_shift, T):
         """(BT, K, H, W), (BT, C, H, W), (BT, 2 hidden, 1, 1) -> (BT, c_out, H, W)"""
         cells = cells.to(features.dtype)
         c = rearrange(cells, "(b t) c h w -> b t c h w", t=T)
-        before_after = torch.cat([F.pad(c, (0, 0, 0, 0, 0, 0, 1, -1)), F.pad(c, (0, 0, 0, 0, 0, 0, -1, 1))], 2).flatten(0, 1)
-        if mix is not None:
-            before_after = mix * before_after
-        near = self.near(torch.cat([cells, before_after], 1).contiguous(memory_format=torch.channels_last))
-        h = torch.cat([features, near, cells], 1).contiguous(memory_format=torch.channels_last)
-        return self.out(modulate_act(self.inner(h), scale_shift))
+        before = torch.cat([torch.zeros_like(c[:, :1]), c[:, :-1]], 1).flatten(0, 1)
+        after = torch.cat([c[:, 1:], torch.zeros_like(c[:, :1])], 1).flatten(0, 1)
+        around = torch.cat([cells, before, after], 1).contiguous(memory_format=torch.channels_last)
+        h = torch.cat([features, self.near(around), cells], 1).contiguous(memory_format=torch.channels_last)
+        return self.out(modulate(self.inner(h), scale_shift))
+
+
+def zero(layer):
+    """Start a layer at zero, so that a network starts as the Gaussian answer."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the space-time U-Net
 
 
 class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.checkpoint_activations = False  # backward computes each block again instead of storing its activations
+        self.checkpoint_activations = (
+            False  # backward computes each block again instead of storing its activations
+        )
         widths = [c.width * m for m in c.mults]
         emb = 4 * c.width
         self.embed = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
@@ -189,14 +194,16 @@ class UNet(nn.Module):
         features, hidden = c.width // 8, c.width // 2
         self.norm, self.features = nn.GroupNorm(h // 16, h), Conv(h, features * c.patch**2, c.wrap_x)
         self.cell = Cell(features, c.in_channels + c.cond_channels, hidden, c.in_channels, c.wrap_x)
-        self.film_sizes = [2 * b.conv2.out_channels for b in [*self.down, *self.middle, *self.up]] + [2 * hidden]
+        blocks = [*self.down, *self.middle, *self.up]
+        self.film_sizes = [2 * b.conv2.out_channels for b in blocks] + [2 * hidden]
         self.film = nn.Linear(emb, sum(self.film_sizes))  # scale and shift of every block in one product
-        nn.init.zeros_(self.film.weight)
-        nn.init.zeros_(self.film.bias)
+        zero(self.film)
         self.to(memory_format=torch.channels_last)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile block by block, in place: blocks of the same shape share one program, so the first step comes soon."""
+        """torch.compile block by block, in place: blocks of one shape share a program, so the first step
+        comes soon.
+        """
         torch._dynamo.config.recompile_limit = 64  # one program per shape of a block, never one for any shape
         for module in [*self.down, *self.middle, *self.attention, *self.up, self.cell]:
             module.compile(fullgraph=True, dynamic=False, backend=backend)
@@ -214,62 +221,139 @@ class UNet(nn.Module):
         x = (torch.arange(W, device=device) + 0.5) / W  # (W,)
         along_y = torch.cos(math.pi * k * y)  # (4, H)
         if self.config.wrap_x:
-            along_x = torch.cat([torch.cos(2 * math.pi * k[:2] * x), torch.sin(2 * math.pi * k[:2] * x)])  # (4, W)
+            around = 2 * math.pi * k[:2] * x
+            along_x = torch.cat([around.cos(), around.sin()])  # (4, W)
         else:
             along_x = torch.cos(math.pi * k * x)
         return torch.cat([along_y[:, :, None].expand(4, H, W), along_x[:, None, :].expand(4, H, W)])[None]
 
-    def forward(self, z, logsnr, cond=None, mix=None):
-        """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z.
-
-        mix (B,) is 0 for clips whose frames have nothing to do with each other: nothing passes between them (Ho et al.
-        2022, sec. 3.2). A single frame is such a clip.
-        """
-        c = self.config
-        B, _, T, H, W = z.shape
-        if T == 1:
-            mix = z.new_zeros(B)
-        if cond is not None:
-            z = torch.cat([z, cond], 1)
-        multiple = c.patch * 2 ** (len(c.mults) - 1)
+    def pad(self, h):
+        """h (BT, C, H, W) padded to what the levels divide, and the number of columns added on the left."""
+        multiple = self.config.patch * 2 ** (len(self.config.mults) - 1)
+        H, W = h.shape[-2:]
         pad_y, pad_x = -H % multiple, -W % multiple
-        h = rearrange(z, "b c t h w -> (b t) c h w")
         if pad_y:
             h = F.pad(h, (0, 0, 0, pad_y), mode="replicate")
-        left = 0
-        if pad_x and c.wrap_x:  # real neighbours on both sides; the seam lies in what is cropped
+        if pad_x and self.config.wrap_x:  # real neighbours on both sides; the seam lies in what is cropped
             pad_x += multiple
             left = pad_x // 2
-            h = h[..., torch.arange(-left, W + pad_x - left, device=h.device) % W]
-        elif pad_x:
-            h = F.pad(h, (0, pad_x, 0, 0), mode="replicate")
-        cells = h
-        h = F.pixel_unshuffle(h, c.patch).contiguous(memory_format=torch.channels_last)
-        h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
-        if mix is not None:
-            mix = mix.to(h.dtype).repeat_interleave(T)[:, None, None, None]  # (BT, 1, 1, 1)
-        films = iter([f.repeat_interleave(T, 0)[:, :, None, None].to(h.dtype) for f in self.conditioning(logsnr)])
+            return h[..., torch.arange(-left, W + pad_x - left, device=h.device) % W], left
+        return F.pad(h, (0, pad_x, 0, 0), mode="replicate") if pad_x else h, 0
 
-        run = lambda module, *inputs: module(*inputs)
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            run = partial(checkpoint, use_reentrant=False)
+    def forward(self, z, logsnr, cond=None):
+        """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z."""
+        c = self.config
+        T, H, W = z.shape[2:]
+        h = z if cond is None else torch.cat([z, cond], 1)
+        cells, left = self.pad(rearrange(h, "b c t h w -> (b t) c h w"))
+        h = F.pixel_unshuffle(cells, c.patch).contiguous(memory_format=torch.channels_last)
+        h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
+        films = iter(
+            [f.repeat_interleave(T, 0)[:, :, None, None].to(h.dtype) for f in self.conditioning(logsnr)]
+        )
+
+        def run(module, *inputs):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(module, *inputs, use_reentrant=False)
+            return module(*inputs)
+
         skips, down, up = [h], iter(self.down), iter(self.up)
         for i in range(len(c.mults)):
             for _ in range(c.blocks):
-                h = run(next(down), h, next(films), T, mix)
+                h = run(next(down), h, next(films), T)
                 skips.append(h)
             if i < len(c.mults) - 1:
                 h = self.downsample[i](h)
                 skips.append(h)
-        h = run(self.middle[0], h, next(films), T, mix)
+        h = run(self.middle[0], h, next(films), T)
         for attention in self.attention:
-            h = run(attention, h, T, mix)
-        h = run(self.middle[1], h, next(films), T, mix)
+            h = run(attention, h, T)
+        h = run(self.middle[1], h, next(films), T)
         for i in range(len(c.mults)):
             for _ in range(c.blocks + 1):
-                h = run(next(up), torch.cat([h, skips.pop()], 1), next(films), T, mix)
+                h = run(next(up), torch.cat([h, skips.pop()], 1), next(films), T)
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
-        h = F.pixel_shuffle(self.features(norm_act(h, self.norm, T, mix)), c.patch)
-        h = run(self.cell, h, cells, next(films), T, mix)
+        h = F.pixel_shuffle(self.features(F.silu(clip_norm(h, self.norm, T))), c.patch)
+        h = run(self.cell, h, cells, next(films), T)
         return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the denoiser
+
+
+class Denoiser(nn.Module):
+    """A network added to the exact answer of the data's Gaussian law.
+
+        F = a x_hat + b eps_hat of the Gaussian  +  envelope(logsnr) * network, mode by mode
+
+    It is EDM's preconditioning with a mean per cell and a variance per mode instead of one for all: what is
+    added is scaled by how much there is to say (Gaussian.envelope), so that a network of zeros is the best
+    linear denoiser. Of a clip longer than those trained on the Gaussian sees the whole, the network pieces as
+    long as those, and what it adds fades from one to the next over the half they share: all of the clip is
+    one weather, and nothing is asked of the network that it has not learnt.
+
+    param: what F is, a key of diffusion.PARAMS; frames: the longest clips trained on; low (C, 1, 1, 1): the
+    lowest value of each variable; linear_skip False: the network alone; dtype: of its autocast; valid (C, 1, H, W):
+    0 where a cell never has data, where the network, which the loss does not teach there, adds nothing.
+    """
+
+    def __init__(
+        self, network, gaussian, param, frames, low, linear_skip=True, dtype=torch.float32, valid=None
+    ):
+        super().__init__()
+        self.network, self.gaussian, self.param, self.frames = network, gaussian, param, frames
+        self.linear_skip, self.dtype = linear_skip, dtype
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("valid", torch.ones(()) if valid is None else valid, persistent=False)
+
+    def _apply(self, fn, recurse=True):  # .to(device) takes the Gaussian along
+        self.gaussian = self.gaussian.map(fn)
+        return super()._apply(fn, recurse)
+
+    def autocast(self, z):
+        return torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def parts(self, z, logsnr, cond):
+        """F of the Gaussian and what the network adds, both float32. z of at most `frames` frames.
+
+        The network sees the linear estimates of x and eps in place of z, which they add up to: in z the
+        finest scales are faint beside the weather as a whole. And how far z is above the lowest value in
+        units of the noise: in a dry cell that is the noise itself; asinh keeps it near 0 and grows like a
+        logarithm beyond.
+        """
+        law = self.gaussian.frames(z.shape[2])
+        alpha, sigma = diffusion.scales(logsnr, z)
+        a, b = diffusion.PARAMS[self.param](alpha, sigma)
+        x_hat, eps_hat = law.estimates(z, logsnr)
+        above = torch.asinh((z - alpha * self.low) / sigma)
+        seen = [(x_hat - law.mean) / law.spread(logsnr), above] + ([] if cond is None else [cond])
+        with self.autocast(z):
+            added = self.valid * self.network(eps_hat, logsnr, torch.cat(seen, 1)).float()
+        return a * x_hat + b * eps_hat, law.field(law.envelope(logsnr) * law.modes(added))
+
+    def forward(self, z, logsnr, cond=None):
+        """F of z (B, C, T, H, W), logsnr (B,), cond (B, K, T, H, W) or None; like z, float32."""
+        if not self.linear_skip:
+            with self.autocast(z):
+                return self.network(z, logsnr, cond).float()
+        T, n = z.shape[2], self.frames
+        if T <= n:
+            return sum(self.parts(z, logsnr, cond))
+        a, b = diffusion.PARAMS[self.param](*diffusion.scales(logsnr, z))
+        x_hat, eps_hat = self.gaussian.frames(T).estimates(z, logsnr)
+        added, weight = torch.zeros_like(z), z.new_zeros(T, 1, 1)
+        t = torch.arange(n, device=z.device)
+        share = (2.0 * torch.minimum(t, n - 1 - t) + 1)[:, None, None]  # (n, 1, 1)
+        for start in [*range(0, T - n, max(n // 2, 1)), T - n]:
+            piece = slice(start, start + n)
+            told = None if cond is None else cond[:, :, piece]
+            added[:, :, piece] += share * self.parts(z[:, :, piece], logsnr, told)[1]
+            weight[piece] += share
+        return a * x_hat + b * eps_hat + added / weight
+
+    def denoise(self, z, logsnr, cond=None):
+        """x_hat, the estimate of E[x | z], in z's dtype."""
+        logsnr = logsnr.to(z)
+        return diffusion.to_x(self(z, logsnr, cond).to(z), z, logsnr, self.param)

@@ -2,11 +2,12 @@
 
     python sample.py --steps=256
     python sample.py --task=forecast --known=2 --members=16
-    python sample.py --exact=true                     # the exact denoiser of the built-in data in place of the network
-    python sample.py --experiment=dissertation        # train and sample a table of recipes
+    python sample.py --exact=true             # the exact denoiser of the built-in data, no network
 
-Edit the settings below or override any of them as --key=value; --help lists them.
+Edit the settings below or override any of them as --key=value; --help lists them. What stands in brackets is
+what a setting may be, and which task, sampler or method it belongs to.
 """
+
 import hashlib
 import json
 import math
@@ -14,13 +15,14 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -28,858 +30,1543 @@ import diffusion
 import train
 from train import require
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
-num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one
-batch_size = 32  # clips at a time; does not change the result
-steps = 0  # sampler steps; 0 is 64, or those that a distilled student has
-sampler = "auto"  # auto (dpmpp_sde; dpmpp where a part is given; modes for a student), ancestral, ddim, dpmpp, dpmpp_sde, modes, heun, sde, ode, pc, langevin
-spacing = "auto"  # steps even in log-SNR where the data's modes emerge (auto); in time of the schedule trained on (time), in log-SNR over its range (logsnr), EDM's (rho)
-eta = 0.0  # of ddim: 0 deterministic, 1 ancestral
-noise_until = -1.0  # of dpmpp_sde: log-SNR up to which steps add noise; beyond it they are those of dpmpp
-variance = 0.0  # of ancestral: 0 lower, 1 upper bound, between them interpolated
-churn = 0.0  # of heun: relative noise added before a step
-corrections = 0  # of pc and langevin: Langevin steps per level; 0 is 1 for pc, 10 for langevin
-snr = 0.16  # of pc and langevin: signal-to-noise ratio of a Langevin step
-clip = "auto"  # clamp x_hat to the range of the training data: auto (for eps and score, which divide by alpha), true, false
-# what is known: the task says which part y = A x of the field
-task = "generate"  # generate; forecast, hindcast (the first, last frames are known); interpolate (every n-th); inpaint (what is not NaN); superres (block means); extend (go on and on); loop (the end meets the beginning); bridge (from one clip to the next); edit (noise fields to edit_logsnr and denoise: SDEdit); encode (to latents and back); morph (between two fields, through latents)
+num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one [>= 1]
+batch_size = 32  # clips at a time; does not change the result [>= 1]
+steps = 64  # sampler steps [>= 1]
+sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given
+spacing = "auto"  # steps even in log-SNR where modes emerge, in training time, EDM's [auto | time | rho]
+eta = 0.0  # 0 deterministic, 1 ancestral [>= 0, <= 1, sampler=ddim]
+noise_until = -1.0  # log-SNR from which steps add no noise: those of dpmpp [sampler=auto dpmpp_sde]
+variance = 0.0  # 0 lower, 1 upper bound, between them interpolated [>= 0, <= 1, sampler=ancestral]
+churn = 0.0  # relative noise added before a step [>= 0, sampler=heun]
+corrections = 0  # Langevin steps per level; 0 is 1 for pc, 10 for langevin [>= 0, sampler=pc langevin]
+snr = 0.16  # signal-to-noise ratio of a Langevin step [> 0, sampler=pc langevin]
+clip = "auto"  # clamp x_hat to the range of the training data; auto: for eps and score [auto | true | false]
+# what is asked: the task says which part y = A x of the field is known
+task = "generate"  # a row of TASKS
 input = ""  # file with the fields that are given; empty takes held-out clips
-known = 2  # frames known to forecast, hindcast and bridge, and handed from window to window of a long sequence
-every = 2  # of interpolate: every n-th frame is known
-factor = 4  # of superres: means over factor x factor cells are known
-length = 0  # frames of the result; 0 is as trained (extend: eight times that, loop: until it closes)
-frames = 0  # frames of a window, drawn together; 0 is as trained, of longer sequences up to four times that (but for a network trained with --condition=known)
-reverse = False  # of extend: backwards in time
-members = 1  # draws for each condition, an ensemble; num_samples / members conditions
-method = "auto"  # trained (a checkpoint of train.py --condition=known), linear (moment matching with the covariance of the linear part), moment_matching, guidance (reconstruction), imputation; auto is the first possible
-guidance_weight = 3.0  # of method guidance
-cg_steps = 8  # of method moment_matching: conjugate gradients, each a backward pass through the network
-obs_std = 0.0  # of methods linear and moment_matching: error of what is known, in standard deviations; 0 is met exactly
-guidance_scale = 1.0  # what conditions that the network was trained with count: 0 nothing, 1 as they are, above 1 exaggerated
-edit_logsnr = -2.0  # of edit: how far the fields are noised; lower keeps less
-theory = False  # also draw theory.png: schedules, the forward process, x_hat step by step
-seed = 0  # sample i depends on (seed, i) alone
+known = 2  # frames that are known, or handed from window to window [>= 1]
+every = 2  # every n-th frame is known [>= 2, task=interpolate]
+factor = 4  # means over factor x factor cells are known [>= 2, task=superres]
+length = 0  # frames of the result; 0 is as trained, of extend eight times that [>= 0]
+frames = 0  # frames drawn together; 0 is as trained, of longer sequences up to four times that [>= 0]
+members = 1  # draws for each condition, an ensemble; num_samples / members conditions [>= 1]
+method = "linear"  # how what is known moves x_hat [linear | guidance | imputation]
+guidance_weight = 3.0  # of reconstruction guidance [>= 0, method=guidance]
+obs_std = 0.0  # error of what is known, in standard deviations; 0: met exactly [>= 0, method=linear]
+guidance_scale = 1.0  # weight of what the network is told; 0 nothing, above 1 exaggerated [>= 0]
+edit_logsnr = -2.0  # how far the fields are noised; lower keeps less [task=edit]
+# machine and output
+seed = 0  # sample i depends on (seed, i) alone [>= 0, <= 4294967295]
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # auto, float32, bfloat16 (autocast)
-compile = "auto"  # torch.compile: auto (on CUDA), true, false
+dtype = "auto"  # of the network's autocast [auto | float32 | bfloat16]
+compile = "auto"  # torch.compile; auto: on CUDA [auto | true | false]
 checkpoint_activations = False  # guidance computes activations again in the backward pass: less memory
 verify = True  # compare with held-out clips: verify.json, verify.png
-exact = False  # sample the built-in data with the exact denoiser of its latent field: what is left is the sampler's error
-experiment = ""  # train, sample and compare a table of recipes under out_dir: dissertation, ablation; goes on where it stopped
-train_args = ""  # of experiment: settings of train.py for every recipe, "--size=16 --width=32"
-budget = 1800  # of experiment: training steps of every recipe
-dry = 0.0  # a variable with a floor (rain) is dry up to this much above it, in its units; 0 is the power of ten nearest to a tenth of its mean
-# ----------------------------------------------------------------------------------------------------------------------
+exact = False  # the exact denoiser of the built-in latent field: what is left is the sampler's error
+dry = 0.0  # cells up to this above a floor are dry, in its units; 0: a tenth of the mean, rounded [>= 0]
+# ------------------------------------------------------------------------------------------------------------
 
-FRAME_MASKS = {"forecast": "prefix", "hindcast": "suffix", "interpolate": "every", "bridge": "ends"}
-GIVEN = (*FRAME_MASKS, "inpaint", "superres")  # tasks with known entries
-METHODS = ("trained", "linear", "moment_matching", "guidance", "imputation")
-CHOICES = {"experiment": ("", "dissertation", "ablation"), "task": ("generate", *GIVEN, "extend", "loop", "edit", "encode", "morph"), "method": ("auto", *METHODS), "sampler": ("auto", *diffusion.SAMPLERS), "spacing": ("auto", "time", "logsnr", "rho"), "clip": ("auto", "true", "false"), **{k: train.CHOICES[k] for k in ("dtype", "compile")}}
+
+# ------------------------------------------------------------------------------------------------------------
+# tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is given of each clip, and where sampling starts."""
+
+    known: Callable | None = None  # known(t, length, settings) -> which frames are known; None: nothing is
+    reads: bool = True  # clips of --input or of the held-out part
+    start: str = "noise"  # noise, or the given clips: edit (noised), encode and morph (encoded)
+    reverse: bool = False  # windows go from the end to the beginning
+
+
+TASKS = {
+    "generate": Task(reads=False),
+    "forecast": Task(lambda t, length, c: t < c.known),
+    "hindcast": Task(lambda t, length, c: t >= length - c.known, reverse=True),
+    "interpolate": Task(lambda t, length, c: t % c.every == 0),
+    "inpaint": Task(lambda t, length, c: t >= 0),
+    "superres": Task(lambda t, length, c: t >= 0),
+    "extend": Task(lambda t, length, c: t >= 0, reads=False),
+    "edit": Task(start="edit"),
+    "encode": Task(start="encode"),
+    "morph": Task(start="morph"),
+}
 
 
 def check(c):
-    for name in ("num_samples", "batch_size"):
-        require(getattr(c, name) >= 1, f"--{name}={getattr(c, name)} must be at least 1")
-    require(0 <= c.eta <= 1 and 0 <= c.variance <= 1, "--eta and --variance must lie in [0, 1]")
-    require(c.churn >= 0 and c.corrections >= 0 and c.snr > 0 and c.seed >= 0, "--churn, --seed and --corrections must not be negative, --snr must be positive")
-    require(c.task not in ("encode", "morph") or (c.sampler in ("ode", "ddim", "heun", "dpmpp", "modes") and c.eta == c.churn == 0), f"--task={c.task} needs a deterministic sampler: --sampler=ode (or heun, dpmpp, modes, ddim)")
-    require(not c.input or c.task != "generate", "--input belongs to another --task than generate")
+    """Refuse settings that cannot work together."""
+    train.one_of(c, "task", TASKS)
+    train.one_of(c, "sampler", ("auto", *diffusion.SAMPLERS))
+    latent = c.task in ("encode", "morph")
+    smooth = c.sampler in ("ode", "heun", "dpmpp", "modes") or (c.sampler == "ddim" and c.eta == 0)
+    require(
+        not latent or (smooth and c.churn == 0),
+        f"--task={c.task} needs a deterministic sampler: --sampler=ode",
+    )
+    require(not latent or c.steps != 1, f"--task={c.task} needs at least 2 --steps")
     require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
-    for name, default, key, owners in (
-        ("eta", 0.0, "sampler", ("ddim",)), ("noise_until", -1.0, "sampler", ("auto", "dpmpp_sde")), ("variance", 0.0, "sampler", ("ancestral",)), ("churn", 0.0, "sampler", ("heun",)), ("corrections", 0, "sampler", ("pc", "langevin")),
-        ("snr", 0.16, "sampler", ("pc", "langevin")), ("edit_logsnr", -2.0, "task", ("edit",)), ("every", 2, "task", ("interpolate",)), ("factor", 4, "task", ("superres",)),
-        ("reverse", False, "task", ("extend",)), ("members", 1, "task", (*GIVEN, "extend", "loop")), ("guidance_weight", 3.0, "method", ("guidance",)), ("cg_steps", 8, "method", ("moment_matching",)),
-        ("obs_std", 0.0, "method", ("auto", "linear", "moment_matching")), ("method", "auto", "task", (*GIVEN, "extend", "loop", "generate")), ("length", 0, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
-        ("frames", 0, "task", ("generate", *GIVEN, "extend", "loop")), ("known", 2, "task", ("generate", *FRAME_MASKS, "inpaint", "extend", "loop")),
-    ):  # fmt: skip
-        require(getattr(c, name) == default or getattr(c, key) in owners, f"--{name} belongs to --{key}={' or '.join(owners)}, not {getattr(c, key)}")
-    require(c.noise_until == -1 or c.sampler == "dpmpp_sde" or c.task not in GIVEN, f"--noise_until means nothing for --task={c.task}, whose sampler adds no noise where a part is known: use --sampler=dpmpp_sde")
-    for name, least in (("known", 1), ("every", 2), ("factor", 2), ("length", 0), ("frames", 0), ("steps", 0), ("members", 1), ("cg_steps", 1), ("obs_std", 0), ("dry", 0), ("guidance_weight", 0), ("guidance_scale", 0)):
-        require(getattr(c, name) >= least, f"--{name}={getattr(c, name)} must be at least {least}")
-    require(c.num_samples % c.members == 0, f"--num_samples={c.num_samples} must be a multiple of --members={c.members}")
-    require(not c.exact or (c.task == "generate" and not c.length and not c.frames), "--exact belongs to --task=generate, with the length of the clips trained on")
-    require(c.budget >= 1, f"--budget={c.budget} must be at least 1")
-    require(not c.experiment or (c.verify and c.task == "generate"), "--experiment compares what --task=generate draws: leave --task and --verify alone")
-    require(c.task not in ("encode", "morph") or c.steps != 1, f"--task={c.task} needs at least 2 --steps")
-    require(not c.train_args or c.experiment, "--train_args belongs to --experiment")
+    require(not c.input or c.task != "generate", "--input belongs to another --task than generate")
+    require(
+        c.num_samples % c.members == 0,
+        f"--num_samples={c.num_samples} must be a multiple of --members={c.members}",
+    )
+    whole = c.task == "generate" and not c.length and not c.frames
+    require(
+        not c.exact or whole, "--exact belongs to --task=generate, with the length of the clips trained on"
+    )
 
 
-def pose(c, settings, meta):
-    """What is asked: the known part of each clip to draw, for R = num_samples / members conditions. A namespace of
+# ------------------------------------------------------------------------------------------------------------
+# the problem: what is known of the clips to draw
 
-    y, mask (R, C, L, H / factor, W / factor), standardised; factor; truth (R, C, L, H, W) physical, NaN where unknown, or
-    None; windows, the clips to draw in turn (data.windows); told (R, K, L, H, W) or None; hours (R, L) of the calendar;
-    reference, the frame that lead times count from.
+
+@dataclass
+class Problem:
+    """What a run of the sampler is asked for, R = num_samples / members conditions.
+
+    y, mask (R, C, L, H / factor, W / factor) standardised; truth (R, C, L, H, W) physical, NaN where unknown,
+    or None; told (R, K, L, H, W) or None; hours (R, L) of the calendar; reference: the frame that lead times
+    count from; windows: the clips to draw in turn (data.windows).
     """
-    trained, R, K, size, record = settings.frames, c.num_samples // c.members, c.known, tuple(meta["size"]), None
-    L = c.length or {"extend": 8 * trained, "loop": 2 * ((c.frames or trained) - K)}.get(c.task, c.frames or trained)
-    T = c.frames or (trained if meta["known"] else min(max(trained, L // 2 + K if c.task == "loop" else L), 4 * trained))
-    require(K < min(T, L) or c.task not in ("forecast", "hindcast", "bridge", "extend", "loop"), f"--known={K} leaves nothing of {min(T, L)} frames to draw")
-    require(K < T or L <= T, f"--known={K} frames handed from window to window of {T} leave nothing to draw")
-    require(L >= T or c.task not in ("extend", "loop"), f"--length={L} is less than a window of {T} frames")
-    require(c.task != "loop" or L >= 2 * (T - K), f"--length={L}: a loop of windows of {T} frames that share {K} has at least {2 * (T - K)}")
-    require(c.task != "bridge" or L > 2 * K, f"--length={L} leaves nothing between {K} frames on either side")
-    factor, shape = c.factor if c.task == "superres" else 1, (1 if c.task == "generate" else R, len(meta["names"]), L, *size)
-    require(not any(n % factor for n in size), f"--factor={factor} does not divide the grid of {size[0]} x {size[1]}")
-    clips, start, before = np.full(shape, np.nan, np.float32), np.zeros(R, int), 0  # before: frames ahead of those read
-    if c.task in GIVEN or c.task in ("edit", "encode", "morph") or c.input or meta["conditions"]:
-        record = data.open_climate(c.input, "" if c.input.endswith(".npy") else ",".join(meta["names"])) if c.input else train.open_trained(settings, meta)
-        fine = list(record.size) == meta["size"] or (c.task == "superres" and [n * factor for n in record.size] == meta["size"])
-        same = record.names == meta["names"] or (c.input.endswith(".npy") and len(record.names) == len(meta["names"]))  # .npy has no names
-        require(same and fine, f"--input={c.input} has variables {record.names} on a grid {record.size}; the checkpoint needs {meta['names']} on {size}")
-        if c.input:
-            dated = record.calendar != "none"
-            require(record.calendar == meta["calendar"] or not (dated or any("period" in f for f in meta["conditions"])), f"--input={c.input} has calendar {record.calendar}; the checkpoint needs {meta['calendar']}")
-            if not dated and record.step_hours == 1:  # numbers of frames
-                record.hours, record.step_hours = record.hours * meta["step_hours"], meta["step_hours"]
-            require(len(record) < 2 or abs(record.step_hours / meta["step_hours"] - 1) < 0.1, f"--input={c.input} has a frame every {record.step_hours:g} hours; the checkpoint needs one every {meta['step_hours']:g}")
-        if record.size != size and meta["conditions"]:
-            record.extras |= {k: v for k, v in train.open_trained(settings, meta).extras.items() if v.ndim == 2}  # static fields on the fine grid
-        n = {"extend": min(T, trained), "loop": min(T, trained), "bridge": K}.get(c.task, L)  # frames to read of every clip
-        starts = data.runs(record, n) if c.input else data.split_windows(record, settings.frames, max(n, settings.frames))[1]
-        if not len(starts) and c.task in ("forecast", "hindcast"):  # only the known frames: nothing to verify with
-            n, starts = K, data.runs(record, K)
-        require(len(starts), f"--input={c.input} has no {n} consecutive frames")
-        if c.task == "inpaint" and c.input:  # clips with a gap
-            gaps = np.cumsum([0, *((np.isnan(record.frames(i, i + 1)) & (meta["valid"].numpy() > 0)).any() for i in range(len(record)))])
-            starts = starts[gaps[starts + n] > gaps[starts]]
-            require(len(starts), f"--input={c.input} has no NaN: nothing is to be filled in")
-        if c.task == "generate":  # what sample i is told depends on (seed, i) alone
-            start = starts[[np.random.default_rng((c.seed, i)).integers(len(starts)) for i in range(R)]]
-        else:
-            start = starts[np.linspace(0, len(starts) - 1, R + (c.task == "bridge")).astype(int)]
-        read = data.clips(record, start, n)
-        if c.task == "bridge":  # from the end of one clip to the beginning of the next
-            clips[:, :, :K], clips[:, :, L - K :], start = read[:-1], read[1:], start[:-1]
-        elif c.task not in ("generate", "extend", "loop") or c.input:
-            before = L - n if c.task == "hindcast" or c.reverse else 0
-            clips = clips if read.shape[-2:] == size else np.full((*shape[:3], *record.size), np.nan, np.float32)
-            clips[:, :, before : before + n] = read
-    y, mask = data.normalise(clips, meta["transform"])
-    known = np.ones(L, bool)
-    if c.task in FRAME_MASKS:
-        known = data.KNOWN[FRAME_MASKS[c.task]](np.arange(L), L, c.every if c.task == "interpolate" else K)
-    elif c.task in ("generate", "edit", "encode", "morph"):
-        known[:] = False
-    mask = mask * torch.from_numpy(known)[:, None, None]
+
+    y: torch.Tensor
+    mask: torch.Tensor
+    factor: int
+    truth: np.ndarray | None
+    told: torch.Tensor | None
+    hours: np.ndarray
+    calendar: str
+    reference: int
+    windows: list
+
+    def observation(self):
+        return diffusion.Observation(self.y, self.mask, self.factor)
+
+    def given(self, codec):
+        """What is known as fields, (R, C, L, H, W) physical, NaN where nothing is."""
+        seen = self.observation()
+        return np.where(seen.lift(seen.mask) > 0, codec.decode(seen.lift(seen.y)), np.nan)
+
+    def unseen(self, codec):
+        """The truth of what is drawn, NaN where it was known; None where nothing is known, or no truth."""
+        if self.truth is None or not self.mask.any():
+            return None
+        known = np.isfinite(self.given(codec)) & (self.factor == 1)
+        unseen = np.where(known, np.nan, self.truth)
+        return unseen if np.isfinite(unseen).any() else None
+
+
+def lengths(c, trained):
+    """(frames of the result, frames drawn together), checked."""
+    length = c.length or (8 * trained if c.task == "extend" else c.frames or trained)
+    window = c.frames or min(max(trained, length), 4 * trained)
+    handed = c.task in ("forecast", "hindcast", "extend")
+    least = min(window, length) if handed else window if length > window else math.inf
+    require(c.known < least, f"--known={c.known} leaves nothing of {least} frames to draw")
+    return length, window
+
+
+def open_input(c, model):
+    """The record that clips are read from: --input, in the model's order of rows and columns, or its own."""
+    if not c.input:
+        return model.open_record()
+    names = ",".join(model.layout.names)
+    record = data.open_record(c.input, names if model.layout.named else "")
+    record = record.fit_to(model.layout, f"--input={c.input}", c.factor if c.task == "superres" else 1)
+    if record.layout.size != model.layout.size and model.conditions.channels:
+        fine = model.open_record()  # static fields on the fine grid
+        record.extras |= {k: v for k, v in fine.extras.items() if v.ndim == 2}
+    return record
+
+
+def choose_starts(c, model, record, frames, count):
+    """Where the clips that are read begin, (count,), and how many frames there are of each."""
+    trained = model.settings.frames
+    if c.input:
+        starts = data.runs(record, frames)
+    else:
+        starts = data.split_windows(record, trained, max(frames, trained))[1]
+    if not len(starts) and c.task in (
+        "forecast",
+        "hindcast",
+    ):  # no truth to verify with
+        frames, starts = c.known, data.runs(record, c.known)
+    require(len(starts), f"--input={c.input} has no {frames} consecutive frames")
+    if c.task == "inpaint" and c.input:  # clips with a gap
+        valid = model.codec.valid.numpy() > 0
+        holes = [(np.isnan(record.frames(i, i + 1)) & valid).any() for i in range(len(record))]
+        before = np.cumsum([0, *holes])
+        starts = starts[before[starts + frames] > before[starts]]
+        require(len(starts), f"--input={c.input} has no NaN: nothing is to be filled in")
+    if c.task == "generate":  # what sample i is told depends on (seed, i) alone
+        chosen = [np.random.default_rng((c.seed, i)).integers(len(starts)) for i in range(count)]
+    else:
+        chosen = np.linspace(0, len(starts) - 1, count).astype(int)
+    return starts[chosen], frames
+
+
+def known_cells(c, clips, model):
+    """(y, mask, factor) of an Observation: what a task takes for known of clips (R, C, L, H, W) with NaN."""
+    known, length, (H, W) = TASKS[c.task].known, clips.shape[2], model.layout.size
+    factor = c.factor if c.task == "superres" else 1
+    require(H % factor == 0 == W % factor, f"--factor={factor} does not divide the grid of {H} x {W}")
+    y = model.codec.encode(clips)
+    mask = y.isfinite().float()
+    if known is None:
+        mask = 0 * mask
+    else:
+        mask = mask * torch.from_numpy(known(np.arange(length), length, c))[:, None, None]
     if c.task == "inpaint" and not c.input:  # for want of a hole, the middle is hidden
-        mask[..., size[0] // 4 : -(-3 * size[0] // 4), size[1] // 4 : -(-3 * size[1] // 4)] = 0
-    if clips.shape[-2:] == size:  # means of the blocks without a gap
-        blocks = diffusion.Observation(y, torch.ones(*shape[:3], size[0] // factor, size[1] // factor), factor)
-        y, mask = blocks.A(y), (blocks.A(mask) > 0.999).float()
-    hours = (np.arange(L) - before) * meta["step_hours"] + (record.hours[start][:, None] if record else np.zeros((R, 1)))
-    told = data.condition_values(record, meta["conditions"], np.maximum(start[:, None] + np.arange(L) - before, 0), hours, size) if meta["conditions"] else None
+        mask[..., H // 4 : -(-3 * H // 4), W // 4 : -(-3 * W // 4)] = 0
+    y = y.nan_to_num() * mask
+    if factor > 1 and clips.shape[-2:] == (H, W):  # means of the blocks without a gap
+        whole = diffusion.Observation(y, torch.ones(*y.shape[:3], H // factor, W // factor), factor)
+        y, mask = whole.A(y), (whole.A(mask) > 0.999).float()
+    return y * mask, mask, factor
+
+
+def pose(c, model):
+    """The Problem that the settings ask for."""
+    task, layout = TASKS[c.task], model.layout
+    length, window = lengths(c, model.settings.frames)
+    count, t = c.num_samples // c.members, np.arange(length)
+    start, before, record, told = np.zeros(count, int), 0, None, None  # before: frames ahead of those read
+    clips = np.full((1, len(layout.names), length, *layout.size), np.nan, np.float32)
+    if task.reads or c.input or model.conditions.channels:
+        record = open_input(c, model)
+        wanted = min(window, model.settings.frames) if c.task == "extend" else length
+        start, n = choose_starts(c, model, record, wanted, count)
+    if task.reads or c.input:
+        before = length - n if c.task == "hindcast" else 0
+        clips = np.full((count, *clips.shape[1:3], *record.layout.size), np.nan, np.float32)
+        clips[:, :, before : before + n] = data.read_clips(record, start, n)
+    y, mask, factor = known_cells(c, clips, model)
+    hours = (t - before) * layout.step_hours + np.zeros((count, 1))
+    if record:
+        hours = hours + record.hours[start][:, None]
+    if model.conditions.channels:
+        index = np.maximum(start[:, None] + t - before, 0)
+        told = model.conditions.values(record, index, hours, layout.size)
     ahead = np.flatnonzero((mask.amax((1, 3, 4)) > 0).all(0))  # frames of which every clip is given something
-    return SimpleNamespace(
-        y=(y * mask).expand(R, *y.shape[1:]), mask=mask.expand(R, *y.shape[1:]), factor=factor, truth=clips if clips.shape == shape and np.isfinite(clips).any() else None, told=told, hours=hours,
-        calendar=record.calendar if record else "none", windows=data.windows(L, T, K, ahead, c.task == "loop", c.reverse or c.task == "hindcast"), reference={"forecast": K - 1, "hindcast": L - K}.get(c.task, 0),
-    )  # fmt: skip
+    fine = np.isfinite(clips).any() and clips.shape[-2:] == layout.size
+    return Problem(
+        y=y.expand(count, *y.shape[1:]),
+        mask=mask.expand(count, *y.shape[1:]),
+        factor=factor,
+        truth=clips if fine else None,
+        told=told,
+        hours=hours,
+        calendar=record.layout.calendar if record else "none",
+        reference={"forecast": c.known - 1, "hindcast": length - c.known}.get(c.task, 0),
+        windows=data.windows(length, window, c.known, ahead, task.reverse),
+    )
 
 
-def guided(c, run, settings, meta, known, told):
-    """denoise(z, logsnr) -> x_hat for clips with this Observation, told these condition values (or None), by c.method."""
-    z, valid = known.lift(known.y), meta["valid"].to(known.y)
+# ------------------------------------------------------------------------------------------------------------
+# drawing
 
-    def plain(channels, told):
-        cond = train.condition_channels(meta, z, valid, channels, told)
-        denoise = diffusion.make_denoiser(lambda z, logsnr, _: run(z, logsnr, cond), settings.param)
-        if settings.param in ("eps", "score") if c.clip == "auto" else c.clip == "true":
-            denoise = diffusion.clip(denoise, min(f["low"] for f in meta["transform"]), max(f["high"] for f in meta["transform"]))
-        return denoise
 
-    denoise = plain(known.channels() if c.method == "trained" else None, told)
+class BoxLaw(diffusion.Gaussian):
+    """The exact law of the built-in latent field on its periodic box, by Fourier mode; axes (M, M, T, T)."""
+
+    @classmethod
+    def of(cls, frames, size):
+        w, U = data.latent_modes(frames, size)
+        w, U = w.float().permute(2, 0, 1)[None], U.to(torch.complex64)  # (1, T, M, M), (M, M, T, T)
+        return cls(torch.zeros(1, 1, 1, 1), w, U)
+
+    def modes(self, x):
+        return torch.einsum("yxts,...tyx->...syx", self.axes.conj(), torch.fft.fft2(x, norm="ortho"))
+
+    def field(self, modes):
+        return torch.fft.ifft2(torch.einsum("yxts,...syx->...tyx", self.axes, modes), norm="ortho").real
+
+    def map(self, f):
+        return BoxLaw(f(self.mean), f(self.variances), f(self.axes))
+
+
+def make_denoiser(c, model, known, told):
+    """denoise(z, logsnr) -> x_hat of clips with this Observation, told these condition values (or None)."""
+    plain = partial(model.denoiser.denoise, cond=told)
     if c.guidance_scale != 1:
-        denoise = diffusion.classifier_free(denoise, plain(None, None), c.guidance_scale)
+        untold = partial(model.denoiser.denoise, cond=torch.zeros_like(told))
+        plain = diffusion.classifier_free(plain, untold, c.guidance_scale)
+    if model.settings.param in ("eps", "score") if c.clip == "auto" else c.clip == "true":
+        plain = diffusion.clip(plain, *model.codec.limits())
     if not known.mask.any():
-        return denoise
+        return plain
     if c.method == "linear":
-        return diffusion.linear_matching(denoise, known, *run.modes(z.shape[2])[1:], c.obs_std)
-    if c.method == "moment_matching":
-        return diffusion.moment_matching(denoise, known, c.cg_steps, c.obs_std)
+        law = model.denoiser.gaussian.frames(known.mask.shape[2])
+        return diffusion.linear_matching(plain, known, law, c.obs_std)
     if c.method == "guidance":
-        return diffusion.reconstruction_guidance(denoise, known, c.guidance_weight)
-    return diffusion.imputation(denoise, known)  # of a network trained with conditions, it makes them exact
+        return diffusion.reconstruction_guidance(plain, known, c.guidance_weight)
+    return diffusion.imputation(plain, known)
+
+
+def make_step(c, law, known=False):
+    """The sampler's step with its options; auto is dpmpp where a part is given, else dpmpp_sde."""
+    name = c.sampler
+    if name == "auto":
+        name = "dpmpp" if known else "dpmpp_sde"
+    langevin = {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {})
+    options = {
+        "ancestral": {"variance": c.variance},
+        "ddim": {"eta": c.eta},
+        "dpmpp_sde": {"until": c.noise_until},
+        "heun": {"churn": c.churn},
+        "modes": {"law": law},
+        "pc": langevin,
+        "langevin": langevin,
+    }
+    return partial(diffusion.SAMPLERS[name], **options.get(name, {}))
+
+
+def make_grid(c, trained, emerging):
+    """The log-SNRs to visit, (steps + 1,), from the Levels trained on and those where the modes emerge."""
+    levels = {"auto": emerging, "time": trained, "rho": diffusion.Levels("rho", emerging.lo, emerging.hi)}[
+        c.spacing
+    ]
+    grid = levels.grid(c.steps)
+    if c.task == "edit":
+        require(
+            grid[0] <= c.edit_logsnr <= grid[-2],
+            f"--edit_logsnr={c.edit_logsnr} lies outside the grid, from {grid[0]:.1f} to {grid[-2]:.1f}",
+        )
+        grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
+    if c.sampler in ("sde", "langevin"):  # explicit in log-SNR, or nothing but Langevin steps between levels
+        widest = float(grid[:-1].diff().max()) if len(grid) > 2 else math.inf
+        enough = math.floor((emerging.hi - emerging.lo) / 2) + 3
+        require(
+            widest < 2,
+            f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f}): use"
+            f" --spacing=auto with at least {enough} --steps",
+        )
+    return grid
+
+
+def generators(seed, indices):
+    """noise(z) from one CPU generator per sample: sample i is the same in any batch, on any device."""
+    streams = [torch.Generator().manual_seed(train.torch_seed((seed, i))) for i in indices]
+
+    def noise(z):
+        return torch.stack([torch.randn(z.shape[1:], generator=g) for g in streams]).to(z)
+
+    return noise
 
 
 def encode(denoise, x, grid):
-    """The latents of fields x (B, ...): the probability-flow ODE run from data to noise through the grid. (B, ...)"""
+    """The latents of fields x (B, ...): the probability-flow ODE run from data to noise through the grid. (B,
+    ...)
+    """
     z = diffusion.diffuse(x, grid[-2:-1], torch.zeros_like(x))
     *_, (latent, _) = diffusion.sample(denoise, z, grid[:-1].flip(0), diffusion.ode)
     return latent
 
 
-def make_step(c, known=False, modes=None, order=2):
-    """The sampler's step function with its options; auto is dpmpp for a window of which a part is given, else dpmpp_sde."""
-    name = ("dpmpp" if known else "dpmpp_sde") if c.sampler == "auto" else c.sampler
-    options = {"ancestral": {"variance": c.variance}, "ddim": {"eta": c.eta}, "dpmpp_sde": {"until": c.noise_until}, "heun": {"churn": c.churn}, "modes": {"modes": modes, "order": order}}
-    options |= {name: {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {}) for name in ("pc", "langevin")}
-    return partial(diffusion.SAMPLERS[name], **options.get(name, {}))
+class Starts:
+    """Where the chains of a task start: noise about the mean at the first level, or the given clips."""
+
+    def __init__(self, c, model, problem, grid):
+        self.task, self.grid, self.last = c.task, grid, c.num_samples - 1
+        self.x = None
+        if TASKS[c.task].start != "noise":
+            self.x = model.codec.encode(problem.truth).nan_to_num()
+        if c.task == "morph":
+            ends = self.x[[0, -1]].to(model.denoiser.gaussian.mean.device)
+            nothing = diffusion.Observation(torch.zeros_like(ends), torch.zeros_like(ends))
+            self.ends = encode(make_denoiser(c, model, nothing, None), ends, grid)
+
+    def __call__(self, denoise, like, indices, rows, noise):
+        """z (B, C, T, H, W) at the first level of samples `indices` of conditions `rows`."""
+        if self.task == "morph":
+            return torch.stack([diffusion.interpolate(*self.ends, i / self.last) for i in indices])
+        if self.task == "encode":
+            return encode(denoise, self.x[rows].to(like), self.grid)
+        level = self.grid[:1].expand(len(rows))
+        x = self.x[rows].to(like) if self.task == "edit" else denoise(torch.zeros_like(like), level)
+        return diffusion.diffuse(x, level, noise(x))
 
 
-def make_grid(c, settings, meta):
-    """The log-SNRs to visit, (steps + 1,): by default those of train.default_grid."""
-    trained, emerging = train.levels(settings, meta), train.sampling_range(settings, meta)
-    ends = diffusion.logsnr_schedule([1.0, 0.0], *trained).tolist()  # linear and ddpm do not go as far as logsnr_min
-    grid = diffusion.sampling_grid(c.steps, *{"auto": emerging, "time": trained, "logsnr": ("logsnr", *ends), "rho": ("rho", *emerging[1:])}[c.spacing])
-    if c.task == "edit":
-        require(grid[0] <= c.edit_logsnr <= grid[-2], f"--edit_logsnr={c.edit_logsnr} lies outside the grid of log-SNR from {grid[0]:.1f} to {grid[-2]:.1f}")
-        grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
-    if c.sampler in ("sde", "langevin"):  # explicit in log-SNR, or nothing but Langevin steps between levels
-        widest = float(grid[:-1].diff().max()) if len(grid) > 2 else math.inf
-        need = f"at least {math.floor(float(grid[-2] - grid[0]) / 2) + 3} --steps" if c.spacing in ("auto", "logsnr") else "--spacing=auto"
-        require(widest < 2, f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f}): use {need}")
-    return grid
+@dataclass
+class Sampler:
+    """What draws clips of a problem: c the settings, grid the log-SNRs, law that of --exact, or None."""
+
+    c: object
+    model: train.Model
+    problem: Problem
+    grid: torch.Tensor
+    law: BoxLaw | None
+
+    def draw(self, indices, starts, advance):
+        """Standardised clips (B, C, L, H, W), window by window; advance(B) is called after every step."""
+        c, problem, device = self.c, self.problem, self.model.denoiser.gaussian.mean.device
+        rows, noise = [i // c.members for i in indices], generators(c.seed, indices)
+        if self.law:
+            zero = torch.zeros(len(rows), *self.law.variances.shape, device=device)
+            known = diffusion.Observation(zero, zero)
+            return self.chain(self.law.denoise, known, indices, rows, noise, starts, advance, False)
+        valid = self.model.codec.valid.to(device)
+        y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
+        for window, keep in problem.windows:
+            known = diffusion.Observation(y[:, :, window], mask[:, :, window], problem.factor)
+            told = None if problem.told is None else problem.told[rows][:, :, window].to(device)
+            denoise = make_denoiser(c, self.model, known, told)
+            some = bool(problem.mask[:, :, window].any()) or bool(mask[:, :, window].any())
+            z = self.chain(denoise, known, indices, rows, noise, starts, advance, some)
+            if problem.factor > 1:
+                return z
+            y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
+        return y
+
+    def chain(self, denoise, known, indices, rows, noise, starts, advance, some):
+        """One window, from the first level to a clean field that agrees with what is known."""
+        like = known.lift(known.y)
+        law = self.law or self.model.denoiser.gaussian.frames(like.shape[2])
+        step = make_step(self.c, law, some)
+        z = starts(denoise, like, indices, rows, noise)
+        for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
+            advance(len(indices))
+        return z if self.c.obs_std else known.project(z)
+
+    def run(self, parts, missing, rank):
+        """Draw the missing samples into parts/NNNNNN.pt."""
+        starts = Starts(self.c, self.model, self.problem, self.grid)
+        total = len(missing) * (len(self.grid) - 1) * len(self.problem.windows)
+        with tqdm(total=total, desc="sampling", unit="step", disable=rank > 0) as bar:
+            for first in range(0, len(missing), self.c.batch_size):
+                indices = missing[first : first + self.c.batch_size]
+                clips = self.draw(indices, starts, bar.update)
+                if not clips.isfinite().all():
+                    raise RuntimeError("the samples are not finite: use more --steps or --clip=true")
+                for i, x in zip(indices, clips.cpu()):
+                    with data.replacing(parts / f"{i:06d}.pt") as f:
+                        torch.save(x.clone(), f)  # np.save would not notice a full disk
+
+    def decode(self, parts):
+        """All clips in physical units, (N, C, L, H, W) float32 on disk: thousands of them need no memory."""
+        x, gap = None, 0.0
+        for i in range(self.c.num_samples):
+            y = torch.load(parts / f"{i:06d}.pt", weights_only=True)[None]
+            if self.law:  # of the latent field on the box, cut to the domain; every season is as likely
+                H, W = self.model.layout.size
+                y = y[..., :H, :W]
+                rain = self.model.settings.dataset == "climate"
+                clip = (data.rain(y, data.threshold(i)) if rain else y).numpy()
+            else:
+                clip = self.model.codec.decode(y, valid=True)
+            if x is None:
+                x = reserved(parts / "samples.npy", (self.c.num_samples, *clip.shape[1:]))
+            x[i] = clip[0]
+            if self.c.task == "encode":
+                given = self.model.codec.encode(self.problem.truth[i : i + 1])
+                gap += float((y - given).pow(2).nanmean()) / self.c.num_samples
+        if self.c.task == "encode":
+            print(f"round trip: RMS difference {math.sqrt(gap):.2e} standard deviations")
+        return x
 
 
-def generators(seed, indices):
-    """One CPU generator per sample and a noise(z) that draws from them: sample i is the same in any batch, on any device."""
-    gens = [torch.Generator().manual_seed(int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)) for i in indices]
-    return lambda z: torch.stack([torch.randn(z.shape[1:], generator=g) for g in gens]).to(z)
-
-
-def exact_denoiser(w, U):
-    """E[x | z] of the built-in latent field on its whole periodic box, z (B, 1, T, M, M): Wiener's filter in its modes."""
-
-    def denoise(z, logsnr):
-        alpha, sigma = (diffusion.expand(a, z) for a in diffusion.alpha_sigma(logsnr.to(z)))
-        Z = torch.einsum("yxts,bctyx->bcsyx", U.conj(), torch.fft.fft2(z, norm="ortho"))
-        Z = diffusion.wiener(alpha, sigma, w)[0] * Z
-        return torch.fft.ifft2(torch.einsum("yxts,bcsyx->bctyx", U, Z), norm="ortho").real
-
-    w, U = w.float().permute(2, 0, 1), U.to(torch.complex64)  # (T, M, M), (M, M, T, T)
-    return denoise
-
-
-def fingerprint(c, path):
-    """Names a set of samples by what they depend on: the checkpoint and the settings, not the batch size or the machine."""
-    free = ("batch_size", "device", "compile", "checkpoint_activations", "verify", "theory", "dry", *(["num_samples"] if c.task == "generate" else []))
+def fingerprint(c, digest):
+    """Names a set of samples by what they depend on: not the batch size or the machine."""
+    free = {"out_dir", "batch_size", "device", "compile", "checkpoint_activations", "verify", "dry"}
+    free |= {"num_samples"} if c.task == "generate" else set()
     stamp = [Path(c.input).stat().st_mtime_ns] if c.input else []
-    text = json.dumps([{k: v for k, v in vars(c).items() if k not in free}, stamp], sort_keys=True)
-    return hashlib.sha256(path.read_bytes() + text.encode()).hexdigest()[:12]
+    settings = {k: v for k, v in vars(c).items() if k not in free}
+    text = json.dumps([digest, settings, stamp], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# pictures
-
-RAIN = ((255, 255, 255), (205, 229, 245), (124, 185, 226), (46, 120, 190), (49, 54, 149), (118, 42, 131), (231, 41, 138))
-DIVERGING = ((33, 57, 132), (67, 130, 190), (160, 205, 226), (247, 247, 247), (246, 184, 150), (208, 84, 66), (128, 12, 38))
-NO_DATA, INK, GREY, BAND, FIRST, SECOND, LAW = (190, 190, 190), (30, 30, 30), (215, 215, 215), (222, 226, 232), (20, 20, 20), (214, 69, 47), (46, 120, 190)
-
-
-def font(size=12):
-    return ImageFont.load_default(size)
+def reserved(path, shape):
+    """A float32 array on disk, its space taken: a full disk is an error now, not a bus error later."""
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return array
 
 
-def colours(x, low, high, palette, gamma=1.0):
-    """Field -> RGB uint8 (..., 3); grey where there is no data; gamma < 1 spreads the low values."""
-    u = np.clip((np.nan_to_num(x, nan=low) - low) / (high - low), 0, 1) ** gamma * (len(palette) - 1)
-    rgb = np.stack([np.interp(u, range(len(palette)), channel) for channel in zip(*palette)], -1)
-    return np.where(np.isfinite(x)[..., None], rgb, NO_DATA).astype(np.uint8)
+# ------------------------------------------------------------------------------------------------------------
+# verification: pure functions of physical clips of one variable, (N, T, H, W), NaN where there is no data
+
+LEVELS = [
+    1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)
+]  # 0 .. 0.9, 0.91 .. 0.999998
+RETURNS = (2, 10, 50)  # return periods of the maximum of a clip, in clips
+RESAMPLES, FEWEST_BLOCKS = 400, 5  # of a bootstrap, and below which it says nothing
+POWERS = {"spatial_power": "spatial power", "temporal_power": "temporal power"}
+CURVES = ("quantiles", "returns", "autocorrelation", *POWERS)
+NATURAL, BIAS = "natural", "mean |bias| per cell"
 
 
-def scale_of(x, floor):
-    """(low, high, palette, gamma) for a variable: sequential from a floor of 0 (rain), else diverging around the mean."""
-    if floor == 0:
-        return 0.0, float(np.nanquantile(x, 0.999)) or 1.0, RAIN, 0.5
-    mean = float(np.nanmean(x))
-    reach = float(np.nanquantile(np.abs(x - mean), 0.995)) or 1.0
-    return mean - reach, mean + reach, DIVERGING, 1.0
+@dataclass(frozen=True)
+class Statistic:
+    """A row of the verification table.
+
+    unit: of the error: "%" of the reference, "pt" percentage points, "dB", "" none, "units" of the variable,
+        NATURAL: % for a variable with floor 0 (rain), else standard deviations (no per cent of kelvins).
+    of: what `statistics` returns -> a number, whose difference from the reference is the error; an array with
+        `size`. An empty array leaves the row out. floored: a row for variables with a floor alone.
+    size: (array of sizes of differences, what `statistics` returns) -> one distance >= 0, the error.
+    """
+
+    label: str
+    unit: str
+    of: Callable
+    size: Callable | None = None
+    floored: bool = False
+
+    def error(self, pair, scale, found=0.0):
+        """In units of `scale`; of a distance the size of what differs from the differences `found` before."""
+        d = pair.difference(self.of) / scale
+        return self.size(np.abs(d - found), pair.samples) if self.size else d.item()
 
 
-def tile(x, scale, factor):
-    """A picture of one field (H, W), every cell factor x factor pixels."""
-    return Image.fromarray(colours(x, *scale)).resize((x.shape[1] * factor, x.shape[0] * factor), Image.NEAREST)
+STATISTICS = [
+    Statistic("mean", NATURAL, lambda s: s["mean"]),
+    Statistic("standard deviation", "%", lambda s: s["std"]),
+    Statistic("dry fraction", "pt", lambda s: s["dry"], floored=True),
+    Statistic("wet spell, frames", "%", lambda s: s["wet_spell"], floored=True),
+    Statistic("quantile 0.9", NATURAL, lambda s: np.interp(0.9, LEVELS, s["quantiles"])),
+    Statistic("quantile 0.99", NATURAL, lambda s: np.interp(0.99, LEVELS, s["quantiles"])),
+    Statistic("quantile 0.999", NATURAL, lambda s: np.interp(0.999, LEVELS, s["quantiles"])),
+    Statistic("quantile 0.9999", NATURAL, lambda s: np.interp(0.9999, LEVELS, s["quantiles"])),
+    Statistic("clip maximum, 1 in 2", NATURAL, lambda s: s["returns"][0]),
+    Statistic("clip maximum, 1 in 10", NATURAL, lambda s: s["returns"][1]),
+    Statistic("clip maximum, 1 in 50", NATURAL, lambda s: s["returns"][2]),
+    Statistic("autocorrelation, lag 1", "", lambda s: s["autocorrelation"][1:2]),
+    Statistic("autocorrelation, lag 3", "", lambda s: s["autocorrelation"][3:4]),
+    Statistic("autocorrelation, lag 6", "", lambda s: s["autocorrelation"][6:7]),
+    Statistic("Wasserstein-1", "units", lambda s: s["cdf"][:-1], lambda d, s: d @ np.diff(s["edges"])),
+    Statistic("spatial power, median error", "%", lambda s: s["spatial_power"], lambda d, s: np.median(d)),
+    Statistic("spatial power, worst error", "%", lambda s: s["spatial_power"], lambda d, s: d.max()),
+    Statistic("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), lambda d, s: rms(d)),
+    Statistic("temporal power, median error", "%", lambda s: s["temporal_power"], lambda d, s: np.median(d)),
+    Statistic("temporal power, worst error", "%", lambda s: s["temporal_power"], lambda d, s: d.max()),
+    Statistic("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), lambda d, s: rms(d)),
+    Statistic(BIAS, NATURAL, lambda s: s["map"], lambda d, s: area_mean(d, None, s["weights"])),
+]
 
 
-def colour_bar(draw, image, x, y, height, scale, label):
-    """A vertical bar at (x, y) with five values, and its label above."""
-    low, high, palette, gamma = scale
-    bar = colours(np.linspace(1, 0, height)[:, None].repeat(14, 1), 0, 1, palette)
-    image.paste(Image.fromarray(bar), (x, y))
-    draw.rectangle((x, y, x + 13, y + height - 1), outline=INK)
-    for u in np.linspace(0, 1, 5):
-        value = low + u ** (1 / gamma) * (high - low)
-        draw.text((x + 19, y + (height - 1) * (1 - u)), f"{value:.3g}", INK, font(11), anchor="lm")
-    draw.text((x, y - 8), label, INK, font(12), anchor="ls")
+def decibels(power):
+    return 10 * np.log10(power)
 
 
-def picture_rows(x, problem, members, channel, count=6):
-    """What the pictures show: (label, fields (T, H, W), known (T,)) per row; of conditions what is given, the truth, draws."""
-    known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)  # (R, T)
-    if not problem.mask.any():
-        return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(count, len(x)))]
-    rows = []
-    for r in range(min(2, len(known))):
-        rows.append(("given", problem.lifted[r, channel], known[r]))
-        if problem.unseen is not None:
-            rows.append(("truth", problem.truth[r, channel], known[r]))
-        rows += [(f"draw {m}" if members > 1 else "drawn", x[r * members + m, channel], known[r]) for m in range(min(members, 3))]
+def rms(d):
+    return np.sqrt(np.mean(d**2))
+
+
+def area_mean(a, axis, area=None):
+    """Mean of a (..., H, W) over axis but for NaN, rows weighted by area (H,) if given; NaN where nothing is
+    there."""
+    there = np.isfinite(a)
+    w = there if area is None else area[:, None] * there
+    with np.errstate(invalid="ignore"):
+        return np.sum(a * w, axis, np.float64, where=there) / np.sum(w, axis)
+
+
+def spatial_spectrum(x):
+    """Radially averaged power of single frames against wavenumber in cycles per cell. Two (K,) arrays."""
+    return data.rings((np.abs(np.fft.fft2(x)) ** 2).mean((0, 1)) / (x.shape[-2] * x.shape[-1]))
+
+
+def temporal_spectrum(x):
+    """Power of a cell's time series, averaged over cells, against frequency in cycles per frame. Two (K,)
+    arrays."""
+    T = x.shape[1]
+    power = (np.abs(np.fft.rfft(x, axis=1)) ** 2).mean((0, 2, 3)) / T
+    return np.arange(1, T // 2 + 1) / T, power[1:]
+
+
+def spell_lengths(wet):
+    """Number of runs of 1 .. T wet frames in the cells of wet (n, T, H, W), cut where a clip ends. (T,)"""
+    T, run, counts = wet.shape[1], 0, 0
+    for t in range(T):
+        run = (run + 1) * wet[:, t]
+        last = run * ~wet[:, t + 1] if t < T - 1 else run  # (n, H, W): length where a run ends, else 0
+        counts = counts + np.bincount(last.ravel(), minlength=T + 1)
+    return counts[1:]
+
+
+def tally(x, edges, wet, weights, centre):
+    """Everything the statistics need of clips x (n, T, H, W), as sums: those of blocks of clips add up.
+
+    edges: values at which to count; wet: above it a cell is not dry; weights (H,) of rows; no data counts as
+    `centre` in spectra and nowhere else.
+    """
+    n, T = x.shape[:2]
+    valid = np.isfinite(x)
+    w, a = valid * weights[:, None], np.where(valid, x - centre, 0.0)
+    sums = {"clips": n, "count": w.sum(), "sum": (w * a).sum(), "square": (w * a**2).sum()}
+    sums |= {"cell": a.sum((0, 1)), "cell_count": valid.sum((0, 1))}  # (H, W)
+    maxima = np.where(valid, x, -np.inf).max((1, 2, 3))
+    maxima = np.searchsorted(edges, maxima[maxima > -np.inf])
+    sums["maxima"] = np.bincount(maxima, minlength=len(edges))  # (edges,)
+    sums["at"] = np.bincount(np.searchsorted(edges, x[valid]), w[valid], len(edges))
+    sums |= {"dry": (w * (x <= wet)).sum(), "spells": spell_lengths(x > wet)}  # (T,)
+    lags = []
+    for lag in range(T):
+        both, first, second = w[:, : T - lag] * valid[:, lag:], a[:, : T - lag], a[:, lag:]
+        lags.append([both.sum(), (both * first).sum(), (both * second).sum(), (both * first * second).sum()])
+    sums["lags"] = np.transpose(lags)  # (4, T)
+    return sums | {"space": n * spatial_spectrum(a)[1], "time": n * temporal_spectrum(a)[1]}
+
+
+def statistics(S, edges, weights, centre):
+    """What sums S of `tally` say of the clips, {name: number or array}; named as in data.rain_law what that
+    knows."""
+    m = S["sum"] / S["count"]
+    variance = np.maximum(S["square"] / S["count"] - m**2, 0.0)
+    out = {"edges": edges, "weights": weights, "mean": m + centre, "std": np.sqrt(variance)}
+    out["map"] = S["cell"] / S["cell_count"] + centre  # (H, W)
+    out["cdf"] = S["at"].cumsum() / S["count"]
+    out["quantiles"] = np.interp(LEVELS, out["cdf"], edges)
+    out["returns"] = np.interp(1 - 1 / np.array(RETURNS), S["maxima"].cumsum() / S["maxima"].sum(), edges)
+    out |= {"dry": S["dry"] / S["count"], "spells": S["spells"] / S["spells"].sum()}
+    out["wet_spell"] = out["spells"] @ np.arange(1, len(out["spells"]) + 1)
+    count, first, second, product = S["lags"]
+    out["autocorrelation"] = ((product - m * (first + second)) / count + m**2) / variance
+    return out | {"spatial_power": S["space"] / S["clips"], "temporal_power": S["time"] / S["clips"]}
+
+
+def few(n):
+    """Blocks of n clips of one record, which depend on each other: about sqrt(n) clips long, 10 to 100
+    blocks."""
+    return min(n, max(round(math.sqrt(n)), 10), 100)
+
+
+def bootstrap(samples, truth, sums, groups=None, paired=False):
+    """Sums over samples (N, ...) and over true clips (M, ...), by blocks: (draw, the least number of
+    blocks).
+
+    sums: clips -> {name: sum}. draw() -> [sums of samples, of truth]; draw(rng): over blocks drawn with
+    replacement. Samples are independent, or `groups` runs of them are: a sequence cut in pieces, the members
+    of one condition. Held-out clips are not: see `few`. paired: group i was made of, or for, truth[i]: the
+    two are drawn together. Of n blocks n - 1 are drawn, which gives means their variance (Rao and Wu 1988; n
+    would give (n - 1) / n of it).
+    """
+    groups = groups or len(samples)
+    counts = [few(groups)] * 2 if paired else [min(groups, 100), few(len(truth))]
+    blocks = []
+    for x, n, units in zip((samples, truth), counts, (groups, len(truth))):
+        at = np.linspace(0, units, n + 1).astype(int) * (len(x) // units)
+        parts = [sums(x[i:j]) for i, j in zip(at, at[1:])]
+        blocks.append({k: np.array([p[k] for p in parts], np.float64) for k in parts[0]})  # (n, ...)
+
+    def draw(rng=None):
+        times = [
+            np.ones(n) if rng is None else 1.0 * rng.multinomial(n - 1, np.full(n, 1 / n)) for n in counts
+        ]
+        times = [times[0], times[0]] if paired else times
+        return [{k: np.tensordot(t, v, 1) for k, v in b.items()} for t, b in zip(times, blocks)]
+
+    return draw, min(counts)
+
+
+def plain(value):
+    """Numbers, arrays, lists and dicts as JSON takes them: null where a number is not finite."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table_row(unit, error, drawn, values=()):
+    """A row of the table as plain values: the 95 % interval of an error is that of the resampled errors
+    `drawn`.
+
+    values: of samples, held-out clips and, where known, the exact law. A distance has none: drawn is what
+    chance alone makes of it, its interval 0 to the 95 % quantile of that. No interval where something is not
+    finite.
+    """
+    interval, within = None, False
+    if len(drawn) and np.isfinite([*drawn, error]).all():
+        interval = np.quantile(drawn, (0.025, 0.975)) if values else np.array([0.0, np.quantile(drawn, 0.95)])
+        within = interval[0] <= (0.0 if values else error) <= interval[1]
+    row = {
+        "values": values,
+        "error": error,
+        "unit": unit,
+        "interval": interval,
+        "within_sampling_error": within,
+    }
+    return plain(row)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What `statistics` says of samples and of held-out clips, and what is known exactly (data.rain_law, or
+    {})."""
+
+    samples: dict
+    held_out: dict
+    exact: dict
+
+    def values(self, of):
+        """{"samples": value, "held_out": value} of a statistic, and "exact" where the law says it."""
+        values = {"samples": np.asarray(of(self.samples)), "held_out": np.asarray(of(self.held_out))}
+        try:
+            return values | {"exact": np.asarray(of(self.exact))}
+        except KeyError:
+            return values
+
+    def reference(self, of):
+        values = self.values(of)
+        return values.get("exact", values["held_out"])
+
+    def difference(self, of):
+        return of(self.samples) - self.reference(of)
+
+
+def unit_and_scale(row, pair, floor, units):
+    """(unit in which an error is told, what the difference is divided by for it: NaN where that means
+    nothing)."""
+    unit = {NATURAL: "%" if floor == 0 else "std", "units": f"[{units}]"}.get(row.unit, row.unit)
+    if unit == "std":
+        return unit, pair.reference(lambda s: s["std"]) or np.nan
+    if unit != "%":
+        return unit, 1.0
+    size = np.abs(pair.reference(row.of))
+    least = 0.1 * np.nanmean(size) if size.ndim == 2 else 0.0  # no ratio to cells where it hardly ever rains
+    return unit, np.where(size > least, size, np.nan)
+
+
+def compare_rows(pair, others, floor, units):
+    """(table, differences per cell, {curve: its band}); others: the Pairs of a bootstrap, one after the
+    other."""
+    table = [row for row in STATISTICS if not row.floored or floor is not None]
+    table = [row for row in table if np.size(row.of(pair.samples))]
+    told = {row: unit_and_scale(row, pair, floor, units) for row in table}
+    found = {row: pair.difference(row.of) / scale if row.size else 0.0 for row, (_, scale) in told.items()}
+    drawn, curves = {row: [] for row in table}, {k: [] for k in CURVES}
+    for other in others:
+        for row, (_, scale) in told.items():
+            drawn[row].append(row.error(other, scale, found[row]))
+        for k in CURVES:
+            curves[k].append(other.difference(lambda s: s[k]))
+    rows = {}
+    for row, (unit, scale) in told.items():
+        error = row.error(pair, scale)
+        values = () if row.size else [v.item() for v in pair.values(row.of).values()]
+        rows[row.label] = table_row(unit, error, drawn[row], values)
+        if row.label == BIAS:  # independent errors add in squares
+            beyond = np.sqrt(np.maximum(error**2 - np.mean(drawn[row] or np.nan) ** 2, 0.0))
+            rows["mean |bias| beyond sampling"] = table_row(unit, beyond, ())
+            bias = found[row]
+    bands = {}
+    for k, draws in curves.items():
+        if draws:
+            d = np.quantile(draws, (0.025, 0.975), axis=0) - pair.difference(lambda s: s[k])
+            bands[k] = pair.reference(lambda s: s[k]) + d  # where 95 % of perfect sample sets lie
+    return rows, bias, bands
+
+
+def values_to_count(samples, truth):
+    """(bins (241,), edges): the distribution function is counted at the quantiles asked for, and between
+    them."""
+    lowest, highest = min(map(np.nanmin, (samples, truth))), max(map(np.nanmax, (samples, truth)))
+    bins = np.linspace(lowest, highest, 241)
+    between = torch.special.ndtr(torch.linspace(-4.5, 4.5, 181, dtype=torch.float64)).numpy()
+    edges = [bins]
+    for x in (samples, truth):
+        maxima = np.where(np.isfinite(x), x, -np.inf).max((1, 2, 3))
+        edges.append(np.quantile(x[np.isfinite(x)], [*LEVELS, *between]))
+        edges.append(np.quantile(maxima[maxima > -np.inf], 1 - 1 / np.array(RETURNS)))
+    return bins, np.unique(np.concatenate(edges).astype(np.result_type(samples, truth)))
+
+
+def share_of_bins(s, bins):
+    share = np.diff(np.interp(bins, s["edges"], s["cdf"]))
+    share[0] += s["cdf"][0]  # an atom at the minimum lies in the first bin
+    return share
+
+
+def compare(
+    samples, truth, floor=None, dry=0.01, weights=None, exact=None, units="", groups=None, paired=False
+):
+    """Statistics of sampled against true clips (N, T, H, W), a dict of plain values for verify.json.
+
+    Errors are against the exact law where it says a statistic, else against the held-out clips. weights:
+    (H,) area of rows. Sampling errors by `bootstrap`, which explains groups and paired; fewer than five
+    blocks say nothing of them. Raises data.InputError if the samples or the held-out clips have no value at
+    all.
+    """
+    for what, x in (("samples", samples), ("held-out clips", truth)):
+        if not np.isfinite(x).any():
+            raise data.InputError(f"nothing to compare: all of the {what} is missing; try --verify=false")
+    wet, note = math.inf if floor is None else floor + dry, ""
+    if floor is not None and not (truth > wet).any():
+        note = "The held-out clips are all dry: an error relative to them means nothing and is left out (-)."
+        truth = np.where(np.isfinite(truth), floor, truth)  # rounding errors have no spectrum
+    centre = float(np.nanmean(truth, dtype=np.float64))
+    weights = np.ones(truth.shape[2]) if weights is None else weights
+    bins, edges = values_to_count(samples, truth)
+    sums = partial(tally, edges=edges, wet=wet, weights=weights, centre=centre)
+    draw, blocks = bootstrap(samples, truth, sums, groups, paired)
+
+    def measure(rng=None):
+        return Pair(*(statistics(S, edges, weights, centre) for S in draw(rng)), exact or {})
+
+    with np.errstate(all="ignore"):  # what has no value is NaN here and null in the result
+        pair, rng = measure(), np.random.default_rng(0)
+        others = (measure(rng) for _ in range(RESAMPLES if blocks >= FEWEST_BLOCKS else 0))
+        rows, bias, bands = compare_rows(pair, others, floor, units)
+    curves = {k: pair.values(lambda s: s[k]) for k in CURVES}
+    for k, band in bands.items():
+        curves[k]["band"] = band
+    T, H, W = samples.shape[1:]
+    curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, RETURNS
+    curves["spatial_power"]["frequency"] = spatial_spectrum(np.zeros((1, 1, H, W)))[0]
+    curves["temporal_power"]["frequency"] = temporal_spectrum(np.zeros((1, T, 1, 1)))[0]
+    curves["histogram"] = {k: share_of_bins(getattr(pair, k), bins[::6]) for k in ("samples", "held_out")}
+    curves["histogram"]["edges"] = bins[::6]
+    if floor is not None:
+        curves["wet_spells"] = {"samples": pair.samples["spells"], "held_out": pair.held_out["spells"]}
+    four_digits = np.vectorize("{:.4g}".format)
+    maps = [pair.samples["map"], pair.reference(lambda s: s["map"]), bias]
+    maps = [four_digits(a).astype(float) for a in maps]
+    out = {
+        "samples": len(samples),
+        "held_out_clips": len(truth),
+        "note": note,
+        "rows": rows,
+        "curves": curves,
+    }
+    return plain(out | {"mean_map": {"samples": maps[0], "reference": maps[1]}, "bias_map": maps[2]})
+
+
+def cross_correlations(samples, truth, names, weights=None, groups=None, paired=False):
+    """Correlation of every pair of variables in the same cell and frame, rows as in `compare`. (N, C, T, H,
+    W) both"""
+    weights = np.ones(samples.shape[3]) if weights is None else weights
+    centre = np.nanmean(truth, (0, 2, 3, 4), keepdims=True, dtype=np.float64)[0]
+
+    def products(x):
+        valid = np.isfinite(x).all(1, keepdims=True)
+        a, w = np.where(valid, x - centre, 0.0), valid * weights[:, None]
+        pairs = np.einsum("nithw,njthw->ij", w * a, a)
+        return {"count": w.sum(), "sum": (w * a).sum((0, 2, 3, 4)), "product": pairs}
+
+    def correlation(S):
+        m = S["sum"] / S["count"]
+        C = S["product"] / S["count"] - np.outer(m, m)
+        return C / np.sqrt(np.outer(np.diag(C), np.diag(C)))
+
+    draw, blocks = bootstrap(samples, truth, products, groups, paired)
+    rng, rows = np.random.default_rng(0), {}
+    with np.errstate(all="ignore"):
+        s, t = map(correlation, draw())
+        resamples = RESAMPLES if blocks >= FEWEST_BLOCKS else 0
+        drawn = [np.subtract(*map(correlation, draw(rng))) for _ in range(resamples)]
+    for i, j in zip(*np.triu_indices(len(names), 1)):
+        values = (s[i, j], t[i, j])
+        errors = [d[i, j] for d in drawn]
+        rows[f"{names[i]} with {names[j]}"] = table_row("", s[i, j] - t[i, j], errors, values)
     return rows
 
 
-def unit_of_time(meta):
-    """(name, sign, hours) of the unit in which pictures tell time: the largest that a step of the data fills."""
-    return next(u for u in (("days", "d", 24.0), ("hours", "h", 1.0), ("minutes", "min", 1 / 60)) if meta["step_hours"] >= u[2] or u[1] == "min")
+# ------------------------------------------------------------------------------------------------------------
+# ensembles: forecasts (M, N, ...) of what was then seen, truth (N, ...); NaN in either is left out
 
 
-def spectra_axes(meta):
-    """(curve, what its frequencies, cycles per cell or step, are divided by, label) of the two spectra."""
-    unit, _, hours = unit_of_time(meta)
-    return ("spatial_power", 1, "cycles per cell"), ("temporal_power", meta["step_hours"] / hours, f"cycles per {unit[:-1]}")
+def crps(ensemble, truth):
+    """Continuous ranked probability score, fair: E|X - y| - E|X - X'| / 2 with the members as a sample
+    (Ferro 2014).
+
+    (M, N, ...), (N, ...) -> (N, ...). A missing member is left out, cell by cell; one member is a point
+    forecast, whose score is its absolute error.
+    """
+    M = np.isfinite(ensemble).sum(0)
+    rank = np.arange(1, len(ensemble) + 1).reshape(-1, *[1] * truth.ndim)
+    ordered = np.sort(ensemble, 0)  # NaN last
+    pairs = np.nansum((2 * rank - M - 1) * ordered, 0)  # sum of |Xi - Xj|
+    error = np.nansum(np.abs(ensemble - truth), 0) / np.maximum(M, 1)
+    return np.where((M > 0) & np.isfinite(truth), error - pairs / np.maximum(M * (M - 1), 1), np.nan)
 
 
-def contact_sheet(path, rows, meta, channel, lead):
-    """Rows of picture_rows down, at most 12 frames across, one colour scale; known frames are framed. lead (T,) hours."""
-    attrs, floor, (_, sign, hours) = meta["attrs"][channel], meta["transform"][channel]["floor"], unit_of_time(meta)
-    chosen = np.unique(np.linspace(0, len(lead) - 1, min(len(lead), 12)).astype(int))
-    H, W = rows[0][1].shape[-2:]
-    scale, factor = scale_of(np.stack([x for _, x, _ in rows]), floor), max(1, round(104 / max(H, W)))
-    w, h, gap, left, top = W * factor, H * factor, 4, 64, 50
-    image = Image.new("RGB", (left + len(chosen) * (w + gap) + 96, top + len(rows) * (h + gap) + 8), "white")
+def energy_score(ensemble, truth, area=None):
+    """The same for whole fields, |.| the root mean square over y and x: (M, N, T, H, W) -> (N, T)."""
+
+    def norm(d):
+        return np.sqrt(area_mean(np.where(np.isfinite(truth), d, np.nan) ** 2, (-2, -1), area))
+
+    M = len(ensemble)
+    pairs = sum(norm(ensemble[i] - ensemble[j]) for i in range(M) for j in range(i))
+    return np.mean([norm(member - truth) for member in ensemble], 0) - pairs / max(M * (M - 1), 1)
+
+
+def spread_skill(ensemble, truth, axis, area=None):
+    """Spread, root of the mean variance of the members times (M + 1) / M, and RMSE of their mean: equal if
+    calibrated."""
+    M, seen = len(ensemble), np.isfinite(truth)
+    spread = area_mean(np.where(seen, ensemble.var(0, ddof=1) * (M + 1) / M, np.nan), axis, area) ** 0.5
+    return spread, area_mean((ensemble.mean(0) - truth) ** 2, axis, area) ** 0.5
+
+
+def spread_ratio(ensemble, truth, area=None):
+    """Spread over error of all conditions together, and its 95 % interval by a bootstrap if there are five
+    of them."""
+    some = np.isfinite(truth).any((1, 2, 3))
+    spread, error = (v[some] ** 2 for v in spread_skill(ensemble, truth, (1, 2, 3), area))  # (N,)
+    draw, blocks = bootstrap(spread, error, lambda v: {"sum": v.sum()}, paired=True)
+    rng = np.random.default_rng(0)
+    draws = [draw(), *(draw(rng) for _ in range(1000 if blocks >= FEWEST_BLOCKS else 0))]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = [np.sqrt(s["sum"] / e["sum"]) for s, e in draws]
+        return [ratios[0], *(np.quantile(ratios[1:], (0.025, 0.975)) if ratios[1:] else ())]
+
+
+def rank_histogram(ensemble, truth, seed=0):
+    """Share of each rank of the truth among the members, ties at random: flat if calibrated. (M + 1,)"""
+    seen = np.isfinite(truth) & np.isfinite(ensemble).all(0)
+    below, tied = (ensemble < truth).sum(0)[seen], (ensemble == truth).sum(0)[seen]
+    rank = below + np.random.default_rng(seed).integers(0, tied + 1)
+    return np.bincount(rank, minlength=len(ensemble) + 1) / max(len(rank), 1)
+
+
+def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asarray, area=None):
+    """Scores per frame of one variable, a dict of plain values. ensemble (M, N, T, H, W), truth (N, T, H, W)
+    with NaN.
+
+    references: {name: (M', N, T, H, W) or broadcastable} to compare with; lead (T,) hours; least: values up
+    to it count as equal in the ranks (dry is dry: no rank for 0.001 mm/h above 0); g: the transform in which
+    spread and error are compared once more, where a few extremes do not make up most of the squared error;
+    area (H,): weights of rows, of all but the ranks. Frames without any truth are left out.
+    """
+    frames, over = np.isfinite(truth).any((0, 2, 3)), (0, 2, 3)
+    ensemble, truth, lead = ensemble[:, :, frames], truth[:, frames], np.asarray(lead)[frames]
+    out = {"members": len(ensemble), "conditions": len(truth), "lead_hours": lead}
+    out["crps"] = area_mean(crps(ensemble, truth), over, area)
+    for name, r in references.items():
+        r = np.broadcast_to(r, (len(r), len(truth), len(frames), *truth.shape[2:]))[:, :, frames]
+        out[f"crps_{name}"] = area_mean(crps(r, truth), over, area)
+    out["energy_score"] = area_mean(energy_score(ensemble, truth, area), 0)
+    if len(ensemble) > 1:
+        out["spread"], out["rmse"] = spread_skill(ensemble, truth, over, area)
+        out["spread_skill"] = spread_ratio(ensemble, truth, area)
+        out["spread_skill_transformed"] = spread_ratio(g(ensemble), g(truth), area)
+        out["rank_histogram"] = rank_histogram(np.maximum(ensemble, least), np.maximum(truth, least))
+    return plain(out)
+
+
+def drift(x, y, joins, frames, floor=None, dry=0.01, area=None):
+    """Do long sequences (N, L, H, W) stay what they were? {statistic: [in the first `frames`, in the last,
+    ratio, low, high]}
+
+    x physical, y transformed (of rain itself a few storms decide the variance). joins: frames at which a
+    window began to be new; the correlation with the frame before is compared with that elsewhere. low, high:
+    95 % interval by a bootstrap over sequences, if there are five. area (H,): weights of rows, not of
+    spectra.
+    """
+
+    def mean(a):
+        return area_mean(a, (1, 2, 3), area)  # (N,)
+
+    y = y - np.nanmean(y)
+    fields = {
+        "mean": x,
+        "variance, transformed": y**2,
+        "share above quantile 0.99": x > np.nanquantile(x, 0.99),
+    }
+    if floor is not None:
+        fields["wet fraction"] = x > floor + dry
+    pairs = {}
+    for name, a in fields.items():
+        a = np.where(np.isnan(x), np.nan, a)
+        pairs[name] = mean(a[:, :frames]), mean(a[:, -frames:])
+    ends = np.nan_to_num(y[:, :frames]), np.nan_to_num(y[:, -frames:])
+    power = np.array([[spatial_spectrum(clip[None])[1] for clip in end] for end in ends])  # (2, N, K)
+    K = power.shape[2]
+    for some in np.split(np.arange(K), (K // 3, 2 * K // 3)):
+        if len(some):
+            label = f"spatial power, transformed, wavenumbers {some[0] + 1} to {some[-1] + 1}"
+            pairs[label] = power[:, :, some].mean(2)
+    products, at = y[:, 1:] * y[:, :-1] / (np.nanvar(y) or np.nan), np.isin(np.arange(1, x.shape[1]), joins)
+    label = "lag-1 autocorrelation, transformed, inside and across joins"
+    pairs[label] = mean(products[:, ~at]), mean(products[:, at])
+    drawn = np.random.default_rng(0).multinomial(
+        len(x) - 1, np.full(len(x), 1 / len(x)), 1000
+    )  # as in `bootstrap`
+    out = {}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for name, (a, b) in pairs.items():
+            out[name] = [a.mean(), b.mean(), b.mean() / a.mean()]
+            if len(x) >= FEWEST_BLOCKS:
+                out[name] += np.quantile((drawn @ b) / (drawn @ a), (0.025, 0.975)).tolist()
+    return plain(out)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def number(value, sign=""):
+    """A value with four decimals, or with four significant digits where it is small."""
+    if value is None:
+        return "-"
+    digits = ".4g" if 0 < abs(value) < 0.1 else ".4f" if abs(value) < 1e4 else ".7g"
+    return f"{value:{sign}{digits}}"
+
+
+def shown(value, unit, sign="+"):
+    """An error in its unit: fractions as per cent or percentage points."""
+    formats = {"%": "{:S.1%}", "pt": "{:S.2f} pt", "dB": "{:S.2f} dB", "std": "{:S.3f} std", "": "{:S.4f}"}
+    if value is None or unit not in formats:
+        return number(value, sign)
+    return formats[unit].replace("S", sign).format(100 * value if unit == "pt" else value)
+
+
+def print_rows(heading, rows, note=""):
+    """Rows of `compare` or of `cross_correlations`, under a heading, and a sentence on them."""
+    columns = ("samples", "held-out", "exact law")[: max(len(row["values"]) for row in rows.values())]
+    print(
+        f"\n{heading:<32}"
+        + "".join(f"{c:>12}" for c in columns)
+        + f"{'error':>12}   95 % interval of the error"
+    )
+    for label, row in rows.items():
+        sign = "+" if row["values"] else ""  # a distance has none
+        values = "".join(f"{number(v):>12}" for v in row["values"])
+        low, high = (shown(v, row["unit"], sign) for v in row["interval"] or (None, None))
+        interval = f"{low} .. {high}" if sign else f"up to {high} by chance"
+        interval = interval if row["interval"] else ""
+        within = "within sampling error" if row["within_sampling_error"] else ""
+        error = shown(row["error"], row["unit"], sign)
+        print(f"  {label:<30}{values:<{12 * len(columns)}}{error:>12}   {interval:<29}{within}".rstrip())
+    if not note and not any(row["interval"] for row in rows.values()):
+        note = "Too few independent clips for intervals."
+    if note:
+        print(f"  {note}")
+
+
+def print_table(variable, result):
+    """The verification table of one variable, `result` of `compare`."""
+    print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
+
+
+def print_correlations(rows):
+    """What `cross_correlations` found."""
+    print_rows("correlation of variables", rows)
+
+
+def print_ensemble(variable, scores):
+    """The scores of `verify_ensemble`, a line per frame."""
+    units, members = variable.units or "1", scores["members"]
+    print(f"\n{variable.name} [{units}]: {members} members, {scores['conditions']} conditions")
+    columns = {"crps": "CRPS"} | {k: f"CRPS of {k[5:]}" for k in scores if k.startswith("crps_")}
+    columns["energy_score"] = "energy score"
+    if "spread" in scores:
+        columns |= {"spread": "spread", "rmse": "RMSE of mean"}
+        for label, key in ((f"in {units}", "spread_skill"), ("transformed", "spread_skill_transformed")):
+            ratio, *ends = (number(v) for v in scores[key])
+            interval = f", 95 % interval {ends[0]} .. {ends[1]}" if ends else ""
+            print(f"  spread / error, {label:<14}{ratio}{interval}")
+    print(f"  {'lead, h':>8}" + "".join(f"{name:>{len(name) + 4}}" for name in columns.values()))
+    for i, lead in enumerate(scores["lead_hours"]):
+        values = "".join(f"{number(scores[k][i]):>{len(name) + 4}}" for k, name in columns.items())
+        print(f"  {lead:>8.4g}{values}")
+    if "spread" in scores:
+        ranks = " ".join(f"{v * (members + 1):.2f}" for v in scores["rank_histogram"])
+        print(f"  share of each rank, times members + 1 (1.00 if calibrated): {ranks}")
+
+
+def print_drift(drift, frames):
+    """What `drift` found between the first and the last frames of long sequences."""
+    heading = f"from the first {frames} frames to the last"
+    print(f"  {heading:<64}{'first':>11}{'last':>11}{'ratio':>11}  95 % interval")
+    for label, values in drift.items():
+        first, last, ratio, *ends = (number(v) for v in values)
+        print(f"  {label:<64}{first:>11}{last:>11}{ratio:>11}  {' .. '.join(ends)}".rstrip())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pictures
+
+WHITE, INK, GREY, BAND, NO_DATA = "#ffffff", "#1e1e1e", "#d7d7d7", "#dee2e8", "#bebebe"
+TRUTH, DRAWN, LAW = "#141414", "#d6452f", "#2e78be"
+RAIN = ("#ffffff", "#cde5f5", "#7cb9e2", "#2e78be", "#313695", "#762a83", "#e7298a")
+DIVERGING = ("#213984", "#4382be", "#a0cde2", "#f7f7f7", "#f6b896", "#d05442", "#800c26")
+
+
+def write(draw, xy, text, size=12, anchor="la", colour=INK):
+    draw.text(xy, text, colour, ImageFont.load_default(size), anchor, stroke_width=2, stroke_fill=WHITE)
+
+
+def save(path, image, **options):
+    with data.replacing(path) as f:
+        image.save(f, path.suffix[1:].upper(), **options)
+
+
+def scale_of(x, floor):
+    """(low, high, palette, gamma) of a variable: from a floor of 0 up (rain), else around the mean. gamma <
+    1 spreads the low values."""
+    x = x[np.isfinite(x)] if np.isfinite(x).any() else np.zeros(1)
+    if floor == 0:
+        return 0.0, float(np.quantile(x, 0.999)) or 1.0, RAIN, 0.5
+    mean = float(x.mean())
+    reach = float(np.quantile(np.abs(x - mean), 0.995)) or 1.0
+    return mean - reach, mean + reach, DIVERGING, 1.0
+
+
+def tile(x, scale, size):
+    """A picture of one field (H, W) of `size` (width, height) pixels; grey where there is no data."""
+    low, high, palette, gamma = scale
+    u = np.clip((np.nan_to_num(x, nan=low) - low) / (high - low), 0, 1) ** gamma * (len(palette) - 1)
+    channels = zip(*map(ImageColor.getrgb, palette))
+    rgb = np.stack([np.interp(u, range(len(palette)), channel) for channel in channels], -1)  # (H, W, 3)
+    rgb = np.where(np.isfinite(x)[..., None], rgb, ImageColor.getrgb(NO_DATA)).astype(np.uint8)
+    return Image.fromarray(rgb).resize(size, Image.NEAREST if size[0] >= x.shape[1] else Image.BOX)
+
+
+def colour_bar(image, x, y, height, scale, label):
+    """A vertical bar at (x, y) with five values, and its label above."""
+    low, high, palette, gamma = scale
     draw = ImageDraw.Draw(image)
-    draw.text((left, 6), f"{attrs.get('long_name', meta['names'][channel])}: generated clips" + (", framed where known" if any(k.any() for *_, k in rows) else ""), INK, font(14))
+    image.paste(tile(np.linspace(1, 0, height)[:, None], (0, 1, palette, 1.0), (14, height)), (x, y))
+    draw.rectangle((x, y, x + 13, y + height - 1), outline=INK)
+    for u in np.linspace(0, 1, 5):
+        value = low + u ** (1 / gamma) * (high - low)
+        write(draw, (x + 19, y + (height - 1) * (1 - u)), f"{value:.3g}", 11, "lm")
+    write(draw, (x, y - 8), label, 12, "ls")
+
+
+def unit_of_time(layout):
+    """(name, sign, hours) of the unit in which pictures tell time: the largest that a step of the data
+    fills."""
+    for unit in (("days", "d", 24.0), ("hours", "h", 1.0)):
+        if layout.step_hours >= unit[2]:
+            return unit
+    return "minutes", "min", 1 / 60
+
+
+def spectra_axes(layout):
+    """(curve, what its frequencies, cycles per cell or step, are divided by, label) of the two spectra."""
+    unit, _, hours = unit_of_time(layout)
+    per_time = ("temporal_power", layout.step_hours / hours, f"cycles per {unit[:-1]}")
+    return ("spatial_power", 1, "cycles per cell"), per_time
+
+
+def contact_sheet(path, rows, variable, layout, lead_hours):
+    """Clips as rows of at most 12 frames, in one colour scale, those known framed; lead_hours (T,) above
+    them.
+
+    rows: (label, field (T, H, W) with NaN, known (T,) bool) each.
+    """
+    _, sign, hours = unit_of_time(layout)
+    chosen = np.unique(np.linspace(0, len(lead_hours) - 1, min(len(lead_hours), 12)).astype(int))
+    H, W = rows[0][1].shape[-2:]
+    scale = scale_of(np.stack([x for _, x, _ in rows]), variable.floor)
+    factor = max(1, round(104 / max(H, W)))
+    w, h, gap, left, top = W * factor, H * factor, 4, 64, 50
+    right, bottom = left + len(chosen) * (w + gap), top + len(rows) * (h + gap)
+    image = Image.new("RGB", (right + 96, bottom + 8), WHITE)
+    draw = ImageDraw.Draw(image)
+    framed = ", framed where known" if any(known.any() for *_, known in rows) else ""
+    write(draw, (left, 6), f"{variable.long_name or variable.name}: generated clips{framed}", 14)
     for k, t in enumerate(chosen):
-        draw.text((left + k * (w + gap) + w / 2, top - 6), f"{lead[t] / hours:+.3g} {sign}", INK, font(11), anchor="ms")
+        write(draw, (left + k * (w + gap) + w / 2, top - 6), f"{lead_hours[t] / hours:+.3g} {sign}", 11, "ms")
     for i, (label, x, known) in enumerate(rows):
-        draw.text((left - 8, top + i * (h + gap) + h / 2), label, INK, font(11), anchor="rm")
+        y = top + i * (h + gap)
+        write(draw, (left - 8, y + h / 2), label, 11, "rm")
         for k, t in enumerate(chosen):
-            at = (left + k * (w + gap), top + i * (h + gap))
-            image.paste(tile(oriented(x, meta)[t], scale, factor), at)
-            draw.rectangle((at[0] - 1, at[1] - 1, at[0] + w, at[1] + h), outline=INK if known[t] else GREY, width=2 if known[t] else 1)
-    colour_bar(draw, image, left + len(chosen) * (w + gap) + 12, top + 6, min(len(rows) * (h + gap), 260) - 10, scale, attrs.get("units", ""))
-    with data.replacing(path) as f:
-        image.save(f, "PNG")
+            x0 = left + k * (w + gap)
+            image.paste(tile(layout.north_up(x[t]), scale, (w, h)), (x0, y))
+            frame = (INK, 2) if known[t] else (GREY, 1)
+            draw.rectangle((x0 - 1, y - 1, x0 + w, y + h), outline=frame[0], width=frame[1])
+    colour_bar(image, right + 12, top + 6, min(bottom - top, 260) - 10, scale, variable.units)
+    save(path, image)
 
 
-def animation(path, rows, meta, channel):
-    """A looping GIF of the rows of picture_rows, or of a square of clips."""
-    side = math.isqrt(len(rows)) if len({label.split()[0] for label, *_ in rows}) == 1 else len(rows)
-    rows = rows[: side * side]
-    x = np.stack([oriented(x, meta) for _, x, _ in rows])  # (N, T, H, W)
-    scale, factor = scale_of(x, meta["transform"][channel]["floor"]), max(1, round(128 / max(x.shape[-2:])))
-    h, w, frames = x.shape[-2] * factor + 4, x.shape[-1] * factor + 4, []
+def animation(path, rows, variable, layout):
+    """A looping GIF of the same rows: beside each other, or a square of clips where all have the same kind
+    of label."""
+    square = len({label.split()[0] for label, *_ in rows}) == 1
+    side = math.isqrt(len(rows)) if square else len(rows)
+    x = np.stack([layout.north_up(x) for _, x, _ in rows[: side * side]])  # (N, T, H, W)
+    scale, factor = scale_of(x, variable.floor), max(1, round(128 / max(x.shape[-2:])))
+    w, h, frames = x.shape[-1] * factor, x.shape[-2] * factor, []
     for t in range(x.shape[1]):
-        frame = Image.new("RGB", (side * w, -(-len(x) // side) * h), "white")
+        frame = Image.new("RGB", (side * (w + 4), -(-len(x) // side) * (h + 4)), GREY)
         for i in range(len(x)):
-            frame.paste(tile(x[i, t], scale, factor), (i % side * w + 2, i // side * h + 2))
+            frame.paste(tile(x[i, t], scale, (w, h)), (i % side * (w + 4) + 2, i // side * (h + 4) + 2))
         frames.append(frame.quantize(96))
-    with data.replacing(path) as f:
-        frames[0].save(f, "GIF", save_all=True, append_images=frames[1:], duration=250, loop=0)
+    save(path, frames[0], save_all=True, append_images=frames[1:], duration=250, loop=0)
 
 
-def oriented(x, meta):
-    """North up: rows flipped for the picture alone if the y coordinate increases."""
-    c = meta["coords"].get(meta["dims"][0])
-    y = None if c is None else np.asarray(c["values"])
-    return x[..., ::-1, :] if y is not None and y.ndim == 1 and len(y) > 1 and y[-1] > y[0] else x
+def axis(values, log, start, stop):
+    """(function from values to pixels, about six round values to mark) of an axis from pixel `start` to
+    `stop`."""
+    u = np.log10(values) if log else values
+    margin = 0.06 * np.ptp(u) or abs(u[0]) * 0.1 or 1.0
+    low, high = u.min() - margin, u.max() + margin
 
+    def at(v):
+        u = np.log10(np.maximum(v, 1e-300)) if log else np.asarray(v)
+        return start + (np.clip(u, low, high) - low) / (high - low) * (stop - start)
 
-def ticks(low, high, log):
-    """Up to about six round values in [low, high]."""
-    if log:
-        decades = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-        values = decades if len(decades) > 4 else [m * d for d in decades for m in (1, 2, 5)]
-        return [v for v in values if low <= v <= high]
+    if log and high - low < 3:
+        digits = (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 7)
+        marks = np.outer(10.0 ** np.arange(math.floor(low), math.ceil(high)), digits).ravel()
+        return at, [v for v in marks if low <= math.log10(v) <= high]
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    step = max(1, round(step)) if log else step
+    marks = [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return at, [10.0**v for v in marks] if log else marks
 
 
-def plot(image, box, title, xlabel, series, logx=False, logy=False, band=None):
-    """A line plot in box (x0, y0, x1, y1). series: (label, x, y, colour, marker?) each; band: (x, low, high) in grey."""
-    draw, (x0, y0, x1, y1) = ImageDraw.Draw(image), box
-    left, right, top, bottom = x0 + 58, x1 - 12, y0 + 30, y1 - 40
-    clean = []
-    for label, x, y, colour, marker in series:
-        x, y = np.asarray(x, float), np.asarray(y, float)
-        keep = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not logx)) & ((y > 0) | (not logy))
-        clean.append((label, x[keep], y[keep], colour, marker))
-    draw.text(((left + right) / 2, y0 + 12), title, INK, font(14), anchor="mm")
-    draw.text(((left + right) / 2, y1 - 8), xlabel, INK, font(12), anchor="mm")
-    draw.rectangle((left, top, right, bottom), outline=INK)
-    if not any(len(s[1]) for s in clean):
-        return
-    reach = lambda k, log: span(np.concatenate([s[k] for s in clean]), log)
-    (xl, xh), (yl, yh) = reach(1, logx), reach(2, logy)
-    unit = lambda v, lo, hi, log: (np.log(v / lo) / math.log(hi / lo)) if log else (np.asarray(v) - lo) / (hi - lo)
-    px = lambda v: left + unit(v, xl, xh, logx) * (right - left)
-    py = lambda v: bottom - unit(v, yl, yh, logy) * (bottom - top)
-    for v in ticks(xl, xh, logx):
-        draw.line((px(v), top, px(v), bottom), fill=GREY)
-        draw.text((px(v), bottom + 4), f"{v:.3g}", INK, font(11), anchor="ma")
-    for v in ticks(yl, yh, logy):
-        draw.line((left, py(v), right, py(v)), fill=GREY)
-        draw.text((left - 5, py(v)), f"{v:.3g}", INK, font(11), anchor="rm")
-    if band:
-        x, *ends = (np.clip(np.asarray(a, float), *limits) for a, limits in zip(band, ((xl, xh), (yl, yh), (yl, yh))))
-        draw.polygon([*zip(px(x), py(ends[0])), *zip(px(x[::-1]), py(ends[1][::-1]))], fill=BAND)
-    for n, (label, x, y, colour, marker) in enumerate(clean):
-        points = list(zip(px(x), py(y)))
-        if marker:
-            for a, b in points:
-                draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
-        elif len(points) > 1:
-            draw.line(points, fill=colour, width=2)
-        at = (left + 8, "la") if len(clean[0][1]) and clean[0][2][-1] > clean[0][2][0] else (right - 8, "ra")  # beside what rises
-        draw.text((at[0], top + 8 + 16 * n), label, colour, font(12), anchor=at[1])
+class Page:
+    """A picture of panels, three in a row, under a heading; panels are added one after the other."""
+
+    def __init__(self, rows, heading):
+        self.image = Image.new("RGB", (1200, 45 + 335 * rows), WHITE)
+        self.draw, self.panels = ImageDraw.Draw(self.image), 0
+        write(self.draw, (12, 8), heading, 14)
+
+    def panel(self, title):
+        """Corner (x, y) of the next panel, 392 x 325 pixels."""
+        x, y = self.panels % 3 * 400, self.panels // 3 * 335 + 40
+        self.panels += 1
+        write(self.draw, (x + 220, y + 12), title, 14, "mm")
+        return x, y
+
+    def plot(self, title, xlabel, lines, logx=False, logy=False, band=None):
+        """Lines (label, x, y, colour, whether as points); band (x, low, high) in grey."""
+        x0, y0 = self.panel(title)
+        left, right, top, bottom = x0 + 58, x0 + 380, y0 + 30, y0 + 285
+        write(self.draw, ((left + right) / 2, y0 + 317), xlabel, 12, "mm")
+        clean = []
+        for label, x, y, colour, points in lines:
+            x, y = np.asarray(x, float), np.asarray(y, float)
+            keep = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not logx)) & ((y > 0) | (not logy))
+            clean.append((label, x[keep], y[keep], colour, points))
+        if any(len(x) for _, x, *_ in clean):
+            across, xmarks = axis(np.concatenate([line[1] for line in clean]), logx, left, right)
+            up, ymarks = axis(np.concatenate([line[2] for line in clean]), logy, bottom, top)
+            for v in xmarks:
+                self.draw.line((across(v), top, across(v), bottom), fill=GREY)
+                write(self.draw, (across(v), bottom + 4), f"{v:.3g}", 11, "ma")
+            for v in ymarks:
+                self.draw.line((left, up(v), right, up(v)), fill=GREY)
+                write(self.draw, (left - 5, up(v)), f"{v:.3g}", 11, "rm")
+            if band is not None:
+                x, low, high = (np.asarray(v, float) for v in band)
+                keep = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
+                x, low, high = across(x[keep]), up(low[keep]), up(high[keep])
+                if len(x) > 1:
+                    self.draw.polygon([*zip(x, low), *zip(x[::-1], high[::-1])], fill=BAND)
+            for label, x, y, colour, points in clean:
+                pixels = list(zip(across(x), up(y)))
+                for a, b in pixels if points else ():
+                    self.draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
+                if not points and len(pixels) > 1:
+                    self.draw.line(pixels, fill=colour, width=2)
+        first = clean[0][2]
+        rises = len(first) and first[-1] > first[0]  # labels go to the corner that is free
+        for n, (label, *_, colour, _) in enumerate(clean):
+            xy = (left + 8 if rises else right - 8, top + 8 + 16 * n)
+            write(self.draw, xy, label, 12, "la" if rises else "ra", colour)
+        self.draw.rectangle((left, top, right, bottom), outline=INK)
+
+    def map(self, title, x, scale, label):
+        """A field (H, W) with its colour bar."""
+        x0, y0 = self.panel(title)
+        factor = min(282 / x.shape[1], 265 / x.shape[0])
+        factor = math.floor(factor) if factor >= 1 else factor
+        w, h = max(1, round(x.shape[1] * factor)), max(1, round(x.shape[0] * factor))
+        self.image.paste(tile(x, scale, (w, h)), (x0 + 20, y0 + 40))
+        self.draw.rectangle((x0 + 19, y0 + 39, x0 + 20 + w, y0 + 40 + h), outline=INK)
+        colour_bar(self.image, x0 + 34 + w, y0 + 46, max(h - 8, 60), scale, label)
 
 
-def span(v, log):
-    """Axis limits with a small margin."""
-    low, high = float(v.min()), float(v.max())
-    if log:
-        return low / 1.3, high * 1.3
-    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-    return low - margin, high + margin
+def verification_picture(path, result, variable, layout):
+    """The curves and maps of `compare`: histogram, quantiles, maxima, spectra, autocorrelation, mean and
+    bias."""
+    curves, units, rain = result["curves"], variable.units or "1", variable.floor == 0
+    law = "exact" in curves["quantiles"]
+    heading = f"{variable.long_name or variable.name}: {result['samples']} samples (red) against "
+    heading += (
+        f"{result['held_out_clips']} held-out clips (black){' and the exact law (blue)' if law else ''}"
+    )
+    page = Page(3, heading + "; grey: where 95 % of perfect sample sets lie")
 
+    def panel(title, xlabel, x, curve, logx=False, logy=False):
+        lines = [("held-out", x, curve["held_out"], TRUTH, False)]
+        if "exact" in curve:
+            lines.append(("exact law", x, curve["exact"], LAW, False))
+        lines.append(("samples", x, curve["samples"], DRAWN, len(x) < 60))
+        page.plot(title, xlabel, lines, logx, logy, (x, *curve["band"]) if "band" in curve else None)
 
-def panel_map(image, box, title, x, scale, label):
-    """A map with its colour bar in box."""
-    draw, (x0, y0, x1, y1) = ImageDraw.Draw(image), box
-    factor = max(1, min((x1 - x0 - 110) // x.shape[1], (y1 - y0 - 60) // x.shape[0]))
-    picture = tile(x, scale, factor)
-    if picture.width > x1 - x0 - 110 or picture.height > y1 - y0 - 60:
-        picture.thumbnail((x1 - x0 - 110, y1 - y0 - 60))
-    at = (x0 + 20, y0 + 40)
-    draw.text(((x0 + x1) / 2, y0 + 12), title, INK, font(14), anchor="mm")
-    image.paste(picture, at)
-    draw.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline=INK)
-    colour_bar(draw, image, at[0] + picture.width + 14, at[1] + 6, max(picture.height - 8, 60), scale, label)
-
-
-def verification_picture(path, result, meta, channel):
-    """The curves and maps of data.compare: histogram, quantiles, maxima, spectra, autocorrelation, mean and bias."""
-    name, attrs, floor, curves = meta["names"][channel], meta["attrs"][channel], meta["transform"][channel]["floor"], result["curves"]
-    units, law = attrs.get("units", "1"), "exact" in curves["quantiles"]
-    image = Image.new("RGB", (1200, 1050), "white")
-    box = lambda i: (i % 3 * 400, i // 3 * 335 + 40, i % 3 * 400 + 392, i // 3 * 335 + 365)
-    text = f"{attrs.get('long_name', name)}: {result['samples']} samples (red) against {result['held_out_clips']} held-out clips (black){' and the exact law (blue)' if law else ''}; grey: where 95 % of perfect sample sets lie"
-    ImageDraw.Draw(image).text((12, 8), text, INK, font(14))
-
-    def panel(i, title, xlabel, x, c, logx=False, logy=False):
-        series = [("held-out", x, c["held_out"], FIRST, False)] + ([("exact law", x, c["exact"], LAW, False)] if "exact" in c else [])
-        series += [("samples", x, c["samples"], SECOND, len(x) < 60)]
-        plot(image, box(i), title, xlabel, series, logx, logy, (x, *c["band"]) if "band" in c else None)
-
-    h, q = curves["histogram"], curves["quantiles"]
-    panel(0, "share of the cells, per bin", units, np.convolve(h["edges"], (0.5, 0.5), "valid"), h, logy=True)
-    reference = np.array(q["exact" if law else "held_out"])
-    panel(1, f"quantiles, {units}, 0 to 0.999998", f"{'exact law' if law else 'held-out'}, {units}", reference, q)
-    panel(2, f"maximum of a clip, {units}", "return period, clips", np.array(curves["returns"]["clips"]), curves["returns"], logx=True)
-    for i, (k, x, label) in enumerate(spectra_axes(meta)):
-        panel(3 + i, f"{data.POWERS[k]}, {f'({units})' if ' ' in units else units}^2", label, np.array(curves[k]["frequency"]) / x, curves[k], True, True)
-    unit, _, hours = unit_of_time(meta)
-    panel(5, "autocorrelation", f"lag, {unit}", np.arange(len(curves["autocorrelation"]["samples"])) * meta["step_hours"] / hours, curves["autocorrelation"])
-    field = lambda a: oriented(np.array(a, dtype=float), meta)
-    maps, bias = [field(result["mean_map"][k]) for k in ("samples", "reference")], field(result["bias_map"])
-    scale = (0.0, float(np.nanmax(maps)) or 1.0, RAIN, 1.0) if floor == 0 else scale_of(np.array(maps), floor)
-    panel_map(image, box(6), "mean of the samples", maps[0], scale, units)
-    panel_map(image, box(7), "mean by the exact law" if law else "mean of the held-out clips", maps[1], scale, units)
+    edges, q = np.array(curves["histogram"]["edges"]), curves["quantiles"]
+    panel("share of the cells, per bin", units, (edges[1:] + edges[:-1]) / 2, curves["histogram"], logy=True)
+    reference = "exact law" if law else "held-out"
+    panel(f"quantiles, {units}, 0 to 0.999998", f"{reference}, {units}", q["exact" if law else "held_out"], q)
+    panel(f"maximum of a clip, {units}", "return period, clips", RETURNS, curves["returns"], logx=True)
+    for k, step, label in spectra_axes(layout):
+        frequency = np.array(curves[k]["frequency"]) / step
+        panel(f"{POWERS[k]}, ({units})^2", label, frequency, curves[k], True, True)
+    unit, _, hours = unit_of_time(layout)
+    lags = np.arange(len(curves["autocorrelation"]["samples"])) * layout.step_hours / hours
+    panel("autocorrelation", f"lag, {unit}", lags, curves["autocorrelation"])
+    fields = (result["mean_map"]["samples"], result["mean_map"]["reference"], result["bias_map"])
+    ours, theirs, bias = (layout.north_up(np.array(a, dtype=float)) for a in fields)
+    scale = scale_of(np.stack([ours, theirs]), variable.floor)
+    scale = (0.0, np.nanmax([ours, theirs]) or 1.0, RAIN, 1.0) if rain else scale
+    page.map("mean of the samples", ours, scale, units)
+    page.map("mean by the exact law" if law else "mean of the held-out clips", theirs, scale, units)
     reach = float(np.nanquantile(np.abs(bias), 0.99)) if np.isfinite(bias).any() else 1.0
-    panel_map(image, box(8), "bias of the mean / mean" if floor == 0 else "bias of the mean / standard deviation", bias, (-(reach or 1.0), reach or 1.0, DIVERGING, 1.0), "fraction" if floor == 0 else "std")
-    with data.replacing(path) as f:
-        image.save(f, "PNG")
+    title = "bias of the mean / mean" if rain else "bias of the mean / standard deviation"
+    page.map(title, bias, (-(reach or 1.0), reach or 1.0, DIVERGING, 1.0), "fraction" if rain else "std")
+    save(path, page.image)
 
 
-def ensemble_picture(path, r, curves, meta, channel):
-    """Scores by frame and rank histogram of data.verify_ensemble, quantiles and spectra of the generated part by data.compare."""
-    attrs, (unit, _, hours), one = meta["attrs"][channel], unit_of_time(meta), len(r["lead_hours"]) == 1
-    lead, when = np.divide(r["lead_hours"], hours), f"lead time, {unit}"
-    units = attrs.get("units", "1")
-    image = Image.new("RGB", (1200, 715), "white")
-    box = lambda i: (i % 3 * 400, i // 3 * 335 + 40, i % 3 * 400 + 392, i // 3 * 335 + 365)
-    text = f"{attrs.get('long_name', meta['names'][channel])}: {r['members']} members, {r['conditions']} conditions; what was generated (red) and what then came (black)"
-    ImageDraw.Draw(image).text((12, 8), text, INK, font(14))
-    scores = [("ensemble", r["crps"])] + [(k[5:], v) for k, v in r.items() if k.startswith("crps_")]
-    plot(image, box(0), f"CRPS, {units}", when, [(name, lead, v, colour, one) for (name, v), colour in zip(scores, (SECOND, LAW, FIRST))])
-    if r["members"] > 1:
-        plot(image, box(1), f"spread and error, {units}", when, [("spread", lead, r["spread"], SECOND, one), ("RMSE of the mean", lead, r["rmse"], FIRST, one)])
-        share = np.array(r["rank_histogram"]) * (r["members"] + 1)
-        flat = [("calibrated", np.arange(len(share)), 0 * share + 1, FIRST, False), ("", [0, 0], [0, 2], (255, 255, 255), False)]  # from 0 to 2 at least
-        plot(image, box(2), "share of each rank, times members + 1", "rank of the truth", [*flat, ("", np.arange(len(share)), share, SECOND, True)])
+def ensemble_picture(path, scores, curves, variable, layout):
+    """Scores by frame and ranks of `verify_ensemble`; quantiles and spectra of the generated part by
+    `compare`."""
+    (unit, _, hours), one, units = unit_of_time(layout), len(scores["lead_hours"]) == 1, variable.units or "1"
+    lead, when, members = np.divide(scores["lead_hours"], hours), f"lead time, {unit}", scores["members"]
+    heading = f"{variable.long_name or variable.name}: {members} members, {scores['conditions']} conditions"
+    page = Page(2, heading + "; what was generated (red) and what then came (black)")
+    others = [k for k in scores if k.startswith("crps_")]
+    lines = [(k[5:], lead, scores[k], colour, one) for k, colour in zip(others, (LAW, TRUTH))]
+    page.plot(f"CRPS, {units}", when, [("ensemble", lead, scores["crps"], DRAWN, one), *lines])
+    if members > 1:
+        spread = ("spread", lead, scores["spread"], DRAWN, one)
+        error = ("RMSE of the mean", lead, scores["rmse"], TRUTH, one)
+        page.plot(f"spread and error, {units}", when, [spread, error])
+        share, rank = np.array(scores["rank_histogram"]) * (members + 1), np.arange(members + 1)
+        lines = [("calibrated", rank, np.ones(members + 1), TRUTH, False), ("", rank, share, DRAWN, True)]
+        lines.append(("", (0, 0), (0, 2), GREY, False))  # an axis from 0 to 2 at least
+        page.plot("share of each rank, times members + 1", "rank of the truth", lines)
+    page.panels = 3  # the second row
+
+    def compared(title, xlabel, x, curve, log):
+        truth = ("truth", x, curve["held_out"], TRUTH, False)
+        page.plot(title, xlabel, [truth, ("generated", x, curve["samples"], DRAWN, True)], log, log)
+
     q = curves["quantiles"]
-    plot(image, box(3), f"quantiles, {units}", f"truth, {units}", [("truth", q["held_out"], q["held_out"], FIRST, False), ("generated", q["held_out"], q["samples"], SECOND, True)])
-    for i, (k, x, label) in enumerate(spectra_axes(meta)):
-        f = np.array(curves[k]["frequency"]) / x
-        plot(image, box(4 + i), data.POWERS[k], label, [("truth", f, curves[k]["held_out"], FIRST, False), ("generated", f, curves[k]["samples"], SECOND, True)], True, True)
-    with data.replacing(path) as f:
-        image.save(f, "PNG")
+    compared(f"quantiles, {units}", f"truth, {units}", q["held_out"], q, False)
+    for k, step, label in spectra_axes(layout):
+        compared(f"{POWERS[k]}, ({units})^2", label, np.array(curves[k]["frequency"]) / step, curves[k], True)
+    save(path, page.image)
 
 
-def print_ensemble(name, units, r):
-    """The scores of an ensemble, a line per frame."""
-    references = [k for k in r if k.startswith("crps_")]
-    print(f"\n{name} [{units}]: {r['members']} members, {r['conditions']} conditions")
-    for label, key in ((f"in {units}", "spread_skill"), ("transformed", "spread_skill_transformed")) if "spread" in r else ():
-        print(f"  spread / error, {label:<14}{r[key][0]:.3f}" + (", 95 % interval {:.3f} .. {:.3f}".format(*r[key][1:]) if r[key][1:] else ""))
-    print(f"  {'lead h':>8}{'CRPS':>12}" + "".join(f"{k[5:]:>14}" for k in references) + f"{'energy score':>14}" + (f"{'spread':>10}{'RMSE':>10}" if "spread" in r else ""))
-    for i, lead in enumerate(r["lead_hours"]):
-        print(f"  {lead:>8.4g}{r['crps'][i]:>12.4f}" + "".join(f"{r[k][i]:>14.4f}" for k in references) + f"{r['energy_score'][i]:>14.4f}" + (f"{r['spread'][i]:>10.4f}{r['rmse'][i]:>10.4f}" if "spread" in r else ""))
-    if "spread" in r:
-        print("  ranks, times members + 1:  " + " ".join(f"{v * (r['members'] + 1):.2f}" for v in r["rank_histogram"]))
+# ------------------------------------------------------------------------------------------------------------
+# the script
 
 
-def theory_picture(path, denoise, x, grid, step, noise, meta):
-    """Schedules, the forward process of one field x (1, C, T, H, W), and the denoised estimate along one sampling run."""
-    image = Image.new("RGB", (1120, 860), "white")
-    draw = ImageDraw.Draw(image)
-    t = torch.linspace(0.002, 0.998, 250, dtype=torch.float64)
-    palette = ((20, 20, 20), (214, 69, 47), (46, 120, 190), (64, 140, 70), (150, 80, 170), (200, 140, 20), (120, 120, 120))
-    curves = {name: diffusion.logsnr_schedule(t, name, -20.0, 20.0) for name in diffusion.SCHEDULES}
-    for i, (title, f) in enumerate((("log-SNR, log(alpha^2 / sigma^2)", lambda l: l), ("alpha", lambda l: diffusion.alpha_sigma(l)[0]), ("sigma", lambda l: diffusion.alpha_sigma(l)[1]))):
-        series = [(name if i == 0 else "", t, f(l), colour, False) for (name, l), colour in zip(curves.items(), palette)]
-        plot(image, (i * 372, 8, i * 372 + 372, 330), title, "t: 0 data, 1 noise", series)
-    still = lambda a: oriented(a[0, 0, 0].detach().float().cpu().numpy(), meta)  # first frame of the first variable
-    run = [(grid[0], noise(x), None)]
-    for l, (z, x_hat) in zip(grid[1:], diffusion.sample(denoise, run[0][1], grid, step, noise)):
-        run.append((l, z, x_hat))
-    shown = [run[i] for i in np.linspace(1, len(run) - 1, 8).astype(int)]
-    levels = diffusion.logsnr_schedule(torch.linspace(0, 1, 8, dtype=torch.float64), "logsnr", -8.0, 10.0)
-    eps = noise(x)
-    rows = [("forward: z = alpha x + sigma eps", [(f"log-SNR {l:.1f}", diffusion.diffuse(x, l[None], eps)) for l in levels]),
-            ("sampling: z", [(f"log-SNR {l:.1f}", z) for l, z, _ in shown]), ("sampling: x_hat", [("", x_hat) for *_, x_hat in shown])]  # fmt: skip
-    for r, (title, fields) in enumerate(rows):
-        top = 370 + r * 165
-        draw.text((12, top - 24), title, INK, font(13))
-        for k, (label, field) in enumerate(fields):
-            picture = tile(still(field), (-3.0, 3.0, DIVERGING, 1.0), max(1, 128 // max(field.shape[-2:])))
-            picture.thumbnail((130, 120))
-            image.paste(picture, (12 + k * 138, top + 12))
-            draw.text((12 + k * 138, top + 10), label, INK, font(11), anchor="ls")
-    with data.replacing(path) as f:
-        image.save(f, "PNG")
-
-
-def shown(value, unit, plus="+"):
-    """An error in its unit: fractions as per cent or points."""
-    digits, factor = {"%": (".1%", 1), "pt": (".2f", 100), "dB": (".2f", 1), "std": (".3f", 1)}.get(unit, (".4f", 1))
-    return f"{factor * value:{plus}{digits}}"
-
-
-def print_table(name, units, r):
-    """The verification table of one variable."""
-    columns = ("samples", "held-out", "exact law") if len(r["rows"]["mean"]["values"]) > 2 else ("samples", "held-out")
-    print(f"\n{name + ' [' + units + ']':<32}" + "".join(f"{k:>11}" for k in columns) + f"{'error':>11}    95 % interval of the error (~ holds 0)")
-    for label, e in r["rows"].items():
-        values = "".join(f"{v:>11.4f}" if v is not None else f"{'-':>11}" for v in e["values"])
-        if e["error"] is None:
-            interval = error = "-"
-        else:
-            error = shown(e["error"], e["unit"], "+" if e["values"] else "") + (f" {e['unit']}" if e["unit"] in ("pt", "dB", "std") else "")
-            interval = "" if e["interval"] is None else " .. ".join(shown(v, e["unit"]) for v in e["interval"]) if e["values"] else "by sampling up to " + shown(e["interval"][1], e["unit"], "")
-        print(f"  {label:<30}{values:<{11 * len(columns)}}{error:>11}  {'~' if e['within_sampling_error'] else ' '} {interval}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the ruler: on `gaussian` data the best denoiser is known, so a network's distance from it is
-
-
-def ruler(denoise, y, settings, meta, batch_size, device, draws=256):
-    """Excess v-loss over the Bayes optimum per bin of log-SNR, and per band of eigenvalues of the exact covariance the
-    network's gain where the band emerges (its x_hat against the best one's, by regression) and the samples' variance.
-
-    y (N, 1, T, H, W) standardised samples. Both are in the eigenbasis, where the best denoiser is diagonal; the excess
-    |v_hat - v_best|^2 / E|v - v_best|^2 is exact for a given z, since the rest of the error is not predictable.
+def picture_rows(x, problem, codec, members, channel, count=6):
+    """What the pictures show: (label, fields (T, H, W), known (T,)) per row: what is given, the truth, and
+    draws.
     """
-    f = meta["transform"][0]
-    w, V = (a.flip(-1) for a in torch.linalg.eigh(data.gaussian_covariance(settings.frames, settings.size) / f["std"] ** 2))  # largest first
-    D, mean, generator = len(w), -f["mean"] / f["std"], torch.Generator().manual_seed(0)
-    edges = [0, 1, *(e for e in (5, 20, 80, 320, 1280) if e < D), D]
-    bands = [slice(i, j) for i, j in zip(edges, edges[1:])]
-    centres = [-float(w[b].log().mean()) for b in bands]
-    project = lambda x: (x.double().flatten(1) - mean) @ V
+    known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)  # (R, T)
+    if not problem.mask.any():
+        return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(count, len(x)))]
+    given, unseen, rows = problem.given(codec), problem.unseen(codec), []
+    for r in range(min(2, len(known))):
+        rows.append(("given", given[r, channel], known[r]))
+        if unseen is not None:
+            rows.append(("truth", problem.truth[r, channel], known[r]))
+        for m in range(min(members, 3)):
+            label = f"draw {m}" if members > 1 else "drawn"
+            rows.append((label, x[r * members + m, channel], known[r]))
+    return rows
 
-    def trial(l):
-        """Coefficients of the network's and of the best x_hat, (draws, D) each, and the variance left to the best (D,)."""
-        logsnr = torch.full((draws,), l, dtype=torch.float64)
-        noise = lambda: torch.randn(draws, D, generator=generator, dtype=torch.float64)
-        x = mean + (w.sqrt() * noise()) @ V.T
-        z = diffusion.diffuse(x, logsnr, noise())
-        alpha, sigma = diffusion.alpha_sigma(logsnr[:1])
-        gain, left = diffusion.wiener(alpha, sigma, w)
-        best = gain * ((z - alpha * mean) @ V)
-        z = z.float().view(-1, *y.shape[1:]).to(device)
-        return project(torch.cat([denoise(a, b).cpu() for a, b in zip(z.split(batch_size), logsnr.to(device).split(batch_size))])), best, left
 
-    out, scores = {"excess": {}, "bands": []}, project(y) ** 2 / w  # (N, D), 1 on average
-    if denoise is not None:
-        for lo in range(train.LOGSNR_BINS[0] - 2, train.LOGSNR_BINS[-1] + 2, 2):
-            parts = []
-            for l in (lo + 0.5, lo + 1.5):
-                got, best, left = trial(l)
-                parts.append(float((got - best).pow(2).mean() / left.mean()))
-            out["excess"][f"{lo}..{lo + 2}"] = sum(parts) / 2
-        print("\nexcess v-loss over the Bayes optimum, by log-SNR:\n  " + "  ".join(f"{k} {v:.1%}" for k, v in out["excess"].items()))
-    print(f"{'modes':>12}{'eigenvalue':>13}{'log-SNR':>10}{'gain':>9}{'variance of the samples':>26}")
-    for b, l in zip(bands, centres):
-        got, best = (a[:, b] for a in trial(l)[:2]) if denoise is not None else (torch.ones(1, 1), torch.ones(1, 1))
-        each = scores[:, b].mean(1)  # (N,)
-        band = {"modes": [b.start + 1, b.stop], "eigenvalue": math.exp(-l), "gain": float((got * best).sum() / best.pow(2).sum()), "variance": float(each.mean()), "error": float(each.std() / math.sqrt(len(each)))}
-        out["bands"].append(band)
-        print(f"{b.start + 1:>6}-{b.stop:<5}{band['eigenvalue']:>13.4g}{l:>10.1f}{band['gain']:>9.3f}{band['variance']:>17.3f} +- {band['error']:.3f}")
+def write_results(c, model, problem, x, history, folder):
+    """samples.npz, samples.nc and the pictures; returns their names."""
+    given, layout = bool(problem.mask.any()), replace(model.layout, calendar=problem.calendar)
+    lead = (np.arange(x.shape[2]) - problem.reference) * layout.step_hours
+    fields = x.reshape(-1, c.members, *x.shape[1:]) if given else x  # (R, M, C, L, H, W): ensembles
+    reference = problem.hours[:, problem.reference] if given else None
+    written = data.write_samples(folder, fields, layout, history, lead, reference)
+    for i, variable in enumerate(model.codec.variables):
+        suffix, rows = f"_{variable.name}" if i else "", picture_rows(x, problem, model.codec, c.members, i)
+        contact_sheet(folder / f"samples{suffix}.png", rows, variable, layout, lead)
+        animation(folder / f"samples{suffix}.gif", rows, variable, layout)
+        written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
+    return written
+
+
+def references(problem, given, channel, climatology):
+    """What an ensemble is compared with: {name: fields that broadcast to (M, R, L, H, W)}."""
+    if problem.factor > 1:
+        return {"block means": given[None, :, channel]}
+    seen, there = np.isfinite(given[0, channel]), np.isfinite(problem.truth[0, channel])
+    whole = np.flatnonzero((seen >= there).all((-2, -1)) & seen.any((-2, -1)))  # frames wholly known
+    out = {"climatology": climatology[:, None, channel]}  # (50, 1, 1, H, W)
+    if len(whole):
+        nearest = whole[np.abs(np.arange(problem.truth.shape[2])[:, None] - whole).argmin(1)]
+        out["persistence"] = problem.truth[None, :, channel, nearest]
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# experiments: the same budget for every recipe, one table
-
-SEED_RECIPE = "--schedule=cosine --linear_skip=false", "--sampler=ancestral --spacing=time --steps=256 --noise_until=-1"  # the dissertation's, with a quarter of its steps
-EXPERIMENTS = {  # name: settings of train.py, of sample.py, share of the budget, what the dissertation reports
-    "dissertation": {
-        "transform none": ("--transform=none " + SEED_RECIPE[0], SEED_RECIPE[1], 1, "quantiles -25 %, |bias| 0.143"),
-        "transform sqrt": ("--transform=sqrt " + SEED_RECIPE[0], SEED_RECIPE[1], 1, "power -50 %, |bias| 0.314"),
-        "transform learnt": ("--transform=learnt " + SEED_RECIPE[0], SEED_RECIPE[1], 1, "power -45 %, |bias| 0.227"),
-        "recommended": ("", "", 1, ""),
-    },
-    "ablation": {
-        "recommended": ("", "", 1, ""),
-        "exact denoiser: sampler alone": ("", "--exact=true", 1, ""),
-        "a quarter of the training": ("", "", 0.25, ""),
-        "no transform, no bias by it": ("--transform=none", "", 1, ""),
-        "dry atom set apart": ("--transform=censored", "", 1, ""),
-        "loss weighting of eps": ("--weighting=eps", "", 1, ""),
-        "noise density of the cosine": ("--schedule=cosine", "", 1, ""),
-        "no averaged weights": ("--ema_decay=0", "", 1, ""),
-        "clipped": ("", "--clip=true", 1, ""),
-        "float32": ("--dtype=float32", "--dtype=float32", 1, ""),
-    },
-}  # fmt: skip
+def held_out_clips(model, record, frames):
+    """Held-out clips that do not overlap, (N, C, T, H, W): up to 2^28 values, but at least 20 clips."""
+    starts = data.apart(data.split_windows(record, model.settings.frames)[1], model.settings.frames)
+    values = len(model.layout.names) * frames * math.prod(model.layout.size)
+    return data.read_clips(record, data.thin(starts, min(4000, max(20, 2**28 // values))), frames)
 
 
-def run_experiment(c):
-    """Train and sample every recipe of a table that is not done yet, each in a folder of out_dir named by its settings."""
-    folder = lambda *text: Path(c.out_dir) / f"run-{hashlib.sha256(' '.join(text).encode()).hexdigest()[:10]}"
-    common = [f"--{k}={v}" for k, v in vars(c).items() if k not in ("experiment", "train_args", "budget", "out_dir")]
-    lines = []
-    for _, for_sample, *_ in EXPERIMENTS[c.experiment].values():  # nothing is trained in vain
-        check(train.configure(__file__, [*common, *for_sample.split()], CHOICES))
-    for name, (for_train, for_sample, share, seen) in EXPERIMENTS[c.experiment].items():
-        settings = f"{c.train_args} {for_train} --max_iters={max(1, round(share * c.budget))}".split()
-        trained, sampled = folder(*settings), folder(*settings, "|", *common, for_sample)
-        started = (trained / "ckpt.pt").exists()
-        with torch.enable_grad():
-            train.main([f"--out_dir={trained}", *(["--init_from=resume"] if started else settings)])
-        if not (sampled / "samples/verify.json").exists():
-            sampled.mkdir(exist_ok=True)
-            (sampled / "ckpt.pt").unlink(missing_ok=True)
-            os.link(trained / "ckpt.pt", sampled / "ckpt.pt")
-            main([*common, f"--out_dir={sampled}", *for_sample.split()])
-        report = next(iter(json.loads((sampled / "samples/verify.json").read_text()).values()))
-        rows, curves = report["rows"], report["curves"]
-        power = [np.median(np.divide(curves[k]["samples"], curves[k]["held_out"])) - 1 if curves[k]["samples"] else math.nan for k in data.POWERS]
-        errors = [rows[f"quantile {l}"]["error"] for l in data.SHOWN] + power + [rows[f"mean |bias| {k}"]["error"] for k in ("per cell", "beyond sampling")]
-        lines.append(f"{name:<30}" + "".join(f"{e:>+9.1%}" for e in errors[:6]) + "".join(f"{math.nan if e is None else e:>9.3f}" for e in errors[6:]) + f"  {seen or ' '.join(filter(None, (for_train, for_sample, f'--max_iters={share:g} x budget' if share != 1 else '')))}")
-    print(f"\n{c.budget} training steps each{' of train.py ' + c.train_args if c.train_args else ''}; errors of quantiles and power, |bias| per cell and beyond sampling error")
-    print(f"{'':<30}" + "".join(f"{t:>9}" for t in (*data.SHOWN, "space", "time", "|bias|", "beyond")) + ("  the dissertation, on UKCP18 rain" if c.experiment == "dissertation" else "  settings"))
-    print("\n".join(lines))
+def verify_law(c, model, problem, x, folder):
+    """Compare clips with the law of held-out ones (of edits: with those they were made of); long sequences in
+    pieces.
+    """
+    s, layout, report = model.settings, model.layout, {}
+    record = model.open_record()
+    T, L = s.frames, x.shape[2]
+    n, paired = min(T, L), c.task == "edit"
+    truth = problem.truth if paired else held_out_clips(model, record, n)
+    pieces = np.stack([x[:, :, t : t + n] for t in range(0, L - n + 1, n)], 1)
+    pieces = pieces.reshape(-1, x.shape[1], n, *x.shape[3:])
+    groups = len(problem.y)
+    for i, variable in enumerate(model.codec.variables):
+        dry, law = c.dry or variable.dry, None
+        if s.dataset == "climate" and not paired:
+            law = data.rain_law(s.size, n, LEVELS, dry)
+        samples, held_out = pieces[:, i], truth[:, i]
+        result = compare(
+            samples, held_out, variable.floor, dry, layout.area(), law, variable.units, groups, paired
+        )
+        report[variable.name] = result
+        print_table(variable, result)
+        verification_picture(folder / picture_name(i, variable), result, variable, layout)
+        if L >= 2 * T and len(problem.windows) > 1:
+            drawn_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)
+            joins, part = 1 + np.flatnonzero(np.diff(drawn_by)), max(T, L // 8)
+            y = variable.encode(x[:, i])
+            result["drift"] = drift(x[:, i], y, joins, part, variable.floor, dry, layout.area())
+            print_drift(result["drift"], part)
+    if len(model.codec.variables) > 1:
+        report["correlation"] = cross_correlations(pieces, truth, layout.names, layout.area(), groups, paired)
+        print_correlations(report["correlation"])
+    return report
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def verify_truth(c, model, problem, x, unseen, folder):
+    """Compare ensembles with what then came, and with persistence and climatology."""
+    layout, report = model.layout, {}
+    record, given = model.open_record(), problem.given(model.codec)
+    generated = np.isfinite(unseen).any((0, 1, 3, 4))  # frames
+    train_starts = data.split_windows(record, model.settings.frames)[0]
+    climatology = data.read_clips(record, data.thin(train_starts, 50), 1)  # (50, C, 1, H, W)
+    lead = (np.arange(x.shape[2]) - problem.reference) * layout.step_hours
+    ensemble = x.reshape(-1, c.members, *x.shape[1:]).swapaxes(0, 1)  # (M, R, C, L, H, W)
+    for i, variable in enumerate(model.codec.variables):
+        dry = c.dry or variable.dry
+        samples, truth = x[:, i, generated], problem.truth[:, i, generated]
+        groups, least = len(problem.y), -math.inf if variable.floor is None else variable.floor + dry
+        area, units = layout.area(), variable.units
+        result = compare(samples, truth, variable.floor, dry, area, None, units, groups, paired=True)
+        report[variable.name] = result
+        print_table(variable, result)
+        compared = references(problem, given, i, climatology)
+        scores = verify_ensemble(
+            ensemble[:, :, i], unseen[:, i], compared, lead, least, variable.encode, layout.area()
+        )
+        result["ensemble"] = scores
+        print_ensemble(variable, scores)
+        ensemble_picture(folder / picture_name(i, variable), scores, result["curves"], variable, layout)
+    return report
 
 
-@torch.no_grad()
-def main(argv=None):
-    c = train.configure(__file__, argv, CHOICES)
-    check(c)
-    if c.experiment:
-        return run_experiment(c)
-    out = Path(c.out_dir)
-    rank, world = train.start_ranks(c)
-    device, amp, compiled = train.pick_device(c)
-    checkpoint = train.load_checkpoint(out / "ckpt.pt")
-    settings, meta = SimpleNamespace(**checkpoint["settings"]), checkpoint["data"]
-    if settings.distill:
-        own = int(settings.distill_steps)
-        require(c.steps in (0, own) and c.sampler in ("auto", "modes") and c.noise_until == -1 and c.spacing == "auto" and c.task not in ("edit", "encode", "morph"),
-                f"{out}/ckpt.pt is a student of {own} steps of sampler modes and knows no others: leave --steps, --sampler, --noise_until and --spacing alone, and --task=edit, encode and morph to its teacher")  # fmt: skip
-    c.steps, c.sampler = c.steps or (own if settings.distill else 64), "modes" if settings.distill else c.sampler
-    network = train.build(checkpoint, device)
-    require(not c.exact or c.sampler != "modes", "--sampler=modes knows the modes of the data, not those of the latent field that --exact=true draws")
-    require(not c.exact or settings.dataset in ("climate", "gaussian"), f"--exact=true knows the law of climate and gaussian alone, not of {settings.dataset}")
-    network.checkpoint_activations = c.checkpoint_activations
-    law = data.latent_modes(settings.frames, settings.size) if c.exact else None
-    grid = make_grid(c, settings, meta | {"modes": law[0][law[0] > 0]} if c.exact else meta)
-    problem = pose(c, settings, meta)
-    if c.exact:  # the latent field on the box twice as wide, of which nothing is known
-        problem.y = problem.mask = torch.zeros(1, 1, settings.frames, 2 * settings.size, 2 * settings.size).expand(c.num_samples, -1, -1, -1, -1)
-        exact = exact_denoiser(*(a.to(device) for a in law))
-    drawn_by = fingerprint(c, out / "ckpt.pt")
-    if c.method == "auto":
-        c.method = "trained" if meta["known"] else "linear"
-    require(c.method != "trained" or meta["known"], "--method=trained needs a checkpoint of train.py --condition=known; use --method=linear")
-    require(c.method != "trained" or problem.factor in (1, *diffusion.FACTORS), f"--factor={c.factor} is not one of {diffusion.FACTORS}, the block means that networks are trained with: use --method=linear")
-    require(c.obs_std == 0 or c.method in ("linear", "moment_matching"), f"--obs_std belongs to --method=linear or moment_matching, not {c.method}")
-    require(c.obs_std == 0 or len(problem.windows) == 1, f"--obs_std belongs to a single window of {len(problem.windows[0][0])} frames: what one window draws is exact to the next")
-    require(c.guidance_scale == 1 or meta["conditions"] or c.method == "trained", "--guidance_scale needs a checkpoint of train.py with --condition")
+def picture_name(i, variable):
+    return f"verify{f'_{variable.name}' if i else ''}.png"
+
+
+def load_model(c):
+    """(model, digest of the checkpoint's bytes, its step) on the device that the settings ask for."""
+    device, dtype, compiled = train.pick_device(c)
+    checkpoint = train.load_checkpoint(Path(c.out_dir) / "ckpt.pt")
+    model = train.Model.load(checkpoint, dtype)
+    model.denoiser.to(device).eval().requires_grad_(False)
+    model.denoiser.network.checkpoint_activations = c.checkpoint_activations
     if compiled:
-        network.compile_blocks()
-    run = train.run_network(network, device, amp, settings, meta)
-    folder = out / "samples"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise data.InputError(f"--out_dir={c.out_dir} cannot be written: {e.strerror}")
+        model.denoiser.network.compile_blocks()
+    return model, checkpoint["digest"], checkpoint["step"]
 
-    # every finished sample is a part on disk: an interrupted run goes on where it stopped, ranks of torchrun share the rest
-    parts = folder / f"parts-{drawn_by}"
+
+def check_model(c, model):
+    """Refuse what a checkpoint cannot do."""
+    dataset = model.settings.dataset
+    builtin = dataset in ("climate", "gaussian")
+    require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
+    told = c.guidance_scale == 1 or model.conditions.channels
+    require(told, "--guidance_scale needs a checkpoint of train.py with --condition")
+
+
+def gather(c, sampler, folder, digest, rank, world):
+    """Draw what is missing, ranks of torchrun share it; rank 0 gets (clips on disk, folder of the parts),
+    others None.
+
+    Every finished sample is a part on disk: an interrupted run goes on where it stopped.
+    """
+    parts = folder / f"parts-{fingerprint(c, digest)}"
     parts.mkdir(exist_ok=True)
     missing = [i for i in range(c.num_samples) if not (parts / f"{i:06d}.pt").exists()]
     if world > 1:
         torch.distributed.barrier()
     if len(missing) < c.num_samples and rank == 0:
         print(f"{c.num_samples - len(missing)} of {c.num_samples} samples are done already")
-    mine = missing[rank::world]
-    start = time.perf_counter()
-    given = None if problem.truth is None else data.normalise(problem.truth, meta["transform"])[0].to(device)
-    valid = torch.ones(()) if c.exact else meta["valid"].to(device)
-    step_over = lambda window: make_step(c, bool(problem.mask[:, :, window].any()), run.modes(len(window)), 1 if settings.distill else 2)
-    if c.task == "morph":
-        pair = guided(c, run, settings, meta, diffusion.Observation(*(a[[0, -1]].to(device) for a in (problem.y, problem.mask))), None)
-        ends = encode(pair, given[[0, -1]], grid)
-    with tqdm(total=len(mine) * (len(grid) - 1) * len(problem.windows), desc="sampling", unit="step", disable=rank > 0) as bar:
-        for first in range(0, len(mine), c.batch_size):
-            indices = mine[first : first + c.batch_size]
-            rows, noise = [i // c.members for i in indices], generators(c.seed, indices)
-            y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
-            for window, keep in problem.windows:
-                known = diffusion.Observation(y[:, :, window], mask[:, :, window], problem.factor)
-                denoise = exact if c.exact else guided(c, run, settings, meta, known, None if problem.told is None or c.task == "morph" else problem.told[rows][:, :, window].to(device))
-                if c.task == "edit":
-                    z = diffusion.diffuse(given[rows], grid[:1], noise(given[rows]))
-                elif c.task == "encode":
-                    z = encode(denoise, given[rows], grid)
-                elif c.task == "morph":
-                    z = torch.stack([diffusion.interpolate(*ends, i / (c.num_samples - 1)) for i in indices])
-                else:  # at the first level the mean of the field, given what is known, shows already
-                    z, level = torch.zeros_like(known.lift(known.y)), grid[:1].expand(len(rows))
-                    z = diffusion.diffuse(denoise(z, level.to(device)), level, noise(z))
-                for z, _ in diffusion.sample(denoise, z, grid, step_over(window), noise):
-                    bar.update(len(indices))
-                if not c.obs_std:
-                    z = known.project(z)
-                if problem.factor == 1:  # land stays unknown, as in training
-                    y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
-            result = y if problem.factor == 1 else z
-            if not result.isfinite().all():
-                raise RuntimeError("the samples are not finite: use more --steps, --clip=true or another --sampler")
-            for i, x in zip(indices, result.cpu()):
-                with data.replacing(parts / f"{i:06d}.pt") as f:
-                    torch.save(x.clone(), f)  # np.save would not notice a full disk
-    seconds = time.perf_counter() - start
+    begin = time.perf_counter()
+    sampler.run(parts, missing[rank::world], rank)
     if world > 1:
         torch.distributed.barrier()
+    if rank > 0:
+        return None, parts
+    if missing:
+        seconds = time.perf_counter() - begin
+        print(f"{len(missing)} clips in {seconds:.0f} s ({len(missing) / seconds:.2f} clips/s)")
+    return sampler.decode(parts), parts
+
+
+@torch.no_grad()
+def main(argv=None):
+    c, given, rules = train.configure(__file__, argv)
+    train.check_owners(c, given, rules)
+    check(c)
+    c.out_dir, c.input = (str(Path(p).expanduser()) if p else p for p in (c.out_dir, c.input))
+    rank, world = train.start_ranks(c)
+    model, digest, step = load_model(c)
+    check_model(c, model)
+    law = BoxLaw.of(model.settings.frames, model.settings.size) if c.exact else None
+    emerging = model.sampling_levels
+    if law:
+        first, last = law.emergence(margin=5.0)
+        emerging = diffusion.Levels("logsnr", first, last)
+        law = law.map(lambda a: a.to(model.denoiser.gaussian.mean.device))
+    problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
+    window = len(problem.windows[0][0])
+    single = c.obs_std == 0 or len(problem.windows) == 1
+    require(single, f"--obs_std belongs to a single window of {window} frames: use a shorter --length")
+    folder = Path(c.out_dir) / "samples"
+    with train.locked(folder) if rank == 0 else train.nullcontext():
+        x, parts = gather(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
         if rank > 0:
             return
-    x, gap = None, 0.0  # (N, C, L, H, W) physical, on disk: thousands of clips need no memory
-    for i in range(c.num_samples):
-        y = torch.load(parts / f"{i:06d}.pt", weights_only=True)[None]
-        if c.exact:  # of the latent field on the box, cut to the domain; every season is as likely
-            y = y[..., : settings.size, : settings.size]
-            clip = (data.rain(y, data.threshold(i)) if settings.dataset == "climate" else y).numpy()
-        else:
-            clip = data.denormalise(y, meta["transform"], meta["valid"])
-        if x is None:
-            x = np.lib.format.open_memmap(parts / "samples.npy", "w+", np.float32, (c.num_samples, *clip.shape[1:]))
-        x[i] = clip[0]
-        if c.task == "encode":
-            gap += float((y - given[i : i + 1].cpu()).pow(2).mean()) / c.num_samples
-    if c.task == "encode":
-        print(f"round trip: RMS difference {math.sqrt(gap):.2e} standard deviations")
-    problem.unseen = None  # the truth of what was drawn, where it is known to us
-    if problem.mask.any():
-        seen = diffusion.Observation(problem.y, problem.mask, problem.factor)
-        problem.lifted = np.where(seen.lift(seen.mask) > 0, data.denormalise(seen.lift(seen.y), meta["transform"]), np.nan)
-        if problem.truth is not None:
-            unseen = np.where(np.isfinite(problem.lifted) & (problem.factor == 1), np.nan, problem.truth)
-            problem.unseen = unseen if np.isfinite(unseen).any() else None
-    lead = (np.arange(x.shape[2]) - problem.reference) * meta["step_hours"]
-
-    command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
-    history = f"{command}: sampler {c.sampler}, {c.steps} steps, {out}/ckpt.pt at step {checkpoint['step']}"
-    ensemble = x.reshape(-1, c.members, *x.shape[1:])  # (R, M, C, L, H, W)
-    given = bool(problem.mask.any())
-    written = data.write_samples(folder, ensemble if given else x, meta | {"calendar": problem.calendar}, history, lead, problem.hours[:, problem.reference] if given else None)
-    for i, name in enumerate(meta["names"]):
-        suffix, rows = f"_{name}" if i else "", picture_rows(x, problem, c.members, i)
-        contact_sheet(folder / f"samples{suffix}.png", rows, meta, i, lead)
-        animation(folder / f"samples{suffix}.gif", rows, meta, i)
-        written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
-    if missing:
-        print(f"{len(missing)} clips in {seconds:.0f} s ({len(missing) / seconds:.2f} clips/s)")
-    if c.theory:
-        clip = pose(SimpleNamespace(**{**vars(c), "task": "edit", "num_samples": 1, "members": 1, "length": 0, "frames": 0, "input": ""}), settings, meta)
-        blank = diffusion.Observation(clip.y.to(device), clip.mask.to(device))
-        denoise, x_0 = guided(c, run, settings, meta, blank, None), data.normalise(clip.truth, meta["transform"])[0].to(device)
-        theory_picture(folder / "theory.png", denoise, x_0, make_grid(SimpleNamespace(**{**vars(c), "task": "generate"}), settings, meta), make_step(c, False, run.modes(settings.frames), 1 if settings.distill else 2), generators(c.seed, [0]), meta)
-        written.append("theory.png")
-    if c.verify and c.task in ("generate", *GIVEN, "extend", "loop", "edit"):
-        written += verify(c, settings, meta, problem, x, ensemble, lead, folder)
-        if settings.dataset == "gaussian" and meta["transform"][0]["name"] == "none" and c.task == "generate" and x.shape[2] == settings.frames and x[0].size <= 4096:
-            blank = lambda z: diffusion.Observation(torch.zeros_like(z), torch.zeros_like(z))
-            denoise = None if c.exact else lambda z, logsnr: guided(c, run, settings, meta, blank(z), None)(z, logsnr)
-            report = json.loads((folder / "verify.json").read_text()) | {"ruler": ruler(denoise, data.normalise(x, meta["transform"])[0], settings, meta, c.batch_size, device)}
+        for name in ("verify.json", "verify.png"):  # of an earlier run
+            (folder / name).unlink(missing_ok=True)
+        command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
+        history = f"{command}: sampler {c.sampler}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
+        written = write_results(c, model, problem, x, history, folder)
+        if c.verify and TASKS[c.task].start in ("noise", "edit"):
+            unseen = problem.unseen(model.codec)
+            if unseen is None:
+                report = verify_law(c, model, problem, x, folder)
+            else:
+                report = verify_truth(c, model, problem, x, unseen, folder)
             with data.replacing(folder / "verify.json") as f:
-                f.write(json.dumps(report, indent=1).encode())
-    del x, ensemble, problem
-    for old in folder.glob("parts-*"):
-        shutil.rmtree(old)
+                f.write(json.dumps(report, indent=1, allow_nan=False).encode())
+            written += ["verify.json", *(picture_name(i, v) for i, v in enumerate(model.codec.variables))]
+        del x
+        shutil.rmtree(parts)
     print(f"\n{folder}/: {', '.join(written)}")
-
-
-def verify(c, settings, meta, problem, x, ensemble, lead, folder):
-    """Compare with held-out clips (of edits, with those they were made of), or where something was given with what then came.
-
-    Tables, verify.json and verify.png.
-    """
-    T, L, groups, paired = settings.frames, x.shape[2], len(problem.y), c.task == "edit" or problem.unseen is not None
-    climate = train.open_trained(settings, meta)
-    train_starts, test = data.split_windows(climate, T)
-    test = data.apart(test, T)
-    area, report = data.latitude_weights(meta["coords"], meta["dims"]), {}
-    if problem.unseen is None:  # nothing but the law of the data to compare with; long sequences in pieces
-        n = min(T, L)
-        truth = problem.truth if c.task == "edit" else data.clips(climate, data.thin(test, 4000), n)
-        x, sequences = np.stack([x[:, :, t : t + n] for t in range(0, L - n + 1, n)], 1).reshape(-1, *x.shape[1:2], n, *x.shape[3:]) if L > n else x, x
-        law = data.rain_law(settings.size, n, data.LEVELS, c.dry or meta["transform"][0]["drizzle"]) if settings.dataset == "climate" and c.task != "edit" else None
-    else:
-        generated = np.isfinite(problem.unseen).any((0, 1, 3, 4))  # frames
-        x, truth, law = x[:, :, generated], problem.truth[:, :, generated], None
-        drawn = data.clips(climate, data.thin(train_starts, 50), 1)  # (50, C, 1, H, W)
-    for i, name in enumerate(meta["names"]):
-        floor, dry, units, picture = 0.0 if meta["transform"][i]["floor"] == 0 else None, c.dry or meta["transform"][i]["drizzle"], meta["attrs"][i].get("units", "1"), folder / f"verify{f'_{name}' if i else ''}.png"
-        report[name] = data.compare(x[:, i], truth[:, i], floor, dry, area, law, units, groups, paired)
-        print_table(name, units, report[name])
-        if problem.unseen is None:
-            verification_picture(picture, report[name], meta, i)
-            if L >= 2 * T and len(problem.windows) > 1:
-                made_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)  # the window that drew each frame
-                part = max(T, L // 8)
-                transformed = data.normalise(sequences, meta["transform"])[0][:, i].numpy()
-                report[name]["drift"] = data.drift(sequences[:, i], np.where(np.isfinite(sequences[:, i]), transformed, np.nan), 1 + np.flatnonzero(np.diff(made_by)), part, floor, dry, area)
-                print(f"  {f'from the first {part} frames to the last':<64}{'first':>10}{'last':>10}{'ratio':>8}  95 % interval")
-                for label, (a, b, ratio, *interval) in report[name]["drift"].items():
-                    print(f"  {label:<64}{a:>10.4f}{b:>10.4f}{ratio:>8.3f}  {' .. '.join(f'{v:.2f}' for v in interval)}")
-            continue
-        references = {}
-        seen, there = np.isfinite(problem.lifted[0, i]), np.isfinite(problem.truth[0, i])
-        whole = np.flatnonzero((seen >= there).all((-2, -1)) & seen.any((-2, -1)))  # frames wholly known
-        if problem.factor > 1:
-            references["block means"] = problem.lifted[None, :, i]
-        elif len(whole):  # the nearest known frame
-            references["persistence"] = problem.truth[None, :, i, whole[np.abs(np.arange(L)[:, None] - whole).argmin(1)]]
-        references["climatology"] = drawn[:, None, i]  # (50, 1, 1, H, W)
-        g = lambda a: np.where(np.isfinite(a), data.normalise(a[..., None, :, :, :], meta["transform"][i : i + 1])[0][..., 0, :, :, :].numpy(), np.nan)
-        r = report[name]["ensemble"] = data.verify_ensemble(ensemble[:, :, i].swapaxes(0, 1), problem.unseen[:, i], references, lead, -math.inf if floor is None else floor + dry, g, area)
-        print_ensemble(name, units, r)
-        ensemble_picture(picture, r, report[name]["curves"], meta, i)
-    if len(meta["names"]) > 1:
-        report["correlation"] = data.cross_correlations(x, truth, meta["names"], area, groups, paired)
-        for label, e in report["correlation"].items():
-            print(f"correlation of {label:<28}{e['values'][0]:>10.3f}{e['values'][1]:>10.3f}{e['error']:>+10.3f}  {'~' if e['within_sampling_error'] else ''}")
-    with data.replacing(folder / "verify.json") as f:
-        f.write(json.dumps(report, indent=1).encode())
-    return ["verify.json", "verify.png"]
 
 
 if __name__ == "__main__":
