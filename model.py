@@ -295,7 +295,7 @@ class Denoiser(nn.Module):
     one weather, and nothing is asked of the network that it has not learnt.
 
     param: what F is, a key of diffusion.PARAMS; frames: the longest clips trained on; low (C, 1, 1, 1): the
-    lowest value of each variable; linear_skip False: the network alone; dtype: of its autocast; valid (C, 1, H, W):
+    lowest value of each variable; linear_skip False: the network alone; dtype: of autocast; valid (C, 1, H, W):
     0 where a cell never has data, where the network, which the loss does not teach there, adds nothing.
     """
 

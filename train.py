@@ -885,8 +885,8 @@ def train_until_done(run, rank, world, signals):
                 continue
             if int(in_a_row) >= 10:
                 raise RuntimeError(
-                    f"no gradient was finite in the {int(in_a_row)} steps up to {run.step}; the checkpoint there"
-                    " may be is good: lower --learning_rate or use --dtype=float32"
+                    f"no gradient was finite in the {int(in_a_row)} steps up to {run.step}; the last"
+                    " checkpoint, if any, is good: lower --learning_rate or use --dtype=float32"
                 )
             clips = (run.step - logged) * c.batch_size * c.gradient_accumulation_steps
             speed = clips / (time.perf_counter() - clock)

@@ -4,8 +4,8 @@
     python docs/compare.py dissertation --steps=6000       # the dissertation's recipes beside the default
     python docs/compare.py samplers --seeds=1              # one network, several samplers
 
-Run from the repository's root. Everything goes to out-compare/, a folder a row and seed; what is there is not made
-again, so an interrupted table goes on where it stopped. Means over seeds (range).
+Run from the repository's root. Everything goes to out-compare/, a folder a row and seed; what is there is not
+made again, so an interrupted table goes on where it stopped. Means over seeds (range).
 """
 
 import argparse
