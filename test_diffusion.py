@@ -4034,7 +4034,8 @@ def test_killed_at_any_moment_and_resumed_is_identical(workplace, tmp_path):
     whole, begin, rng = tmp_path / "whole", time.perf_counter(), np.random.default_rng(0)
     assert end(started(learn, whole, plan)) == 0
     seconds = time.perf_counter() - begin
-    expected = drawn(whole, draws).x
+    assert end(started(drawn, whole, draws)) == 0  # with one thread, as below: threads change the rounding
+    expected = results(whole).x
     for trial in range(TRIALS):
         out, number = tmp_path / f"trial{trial}", (signal.SIGKILL, signal.SIGTERM)[trial % 3 == 2]
         train_it = (learn, out, plan), (resume, out), (out / "ckpt.pt").exists
