@@ -197,10 +197,7 @@ def generate(path, kind, size, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        out = np.lib.format.open_memmap(temporary, "w+", np.float16, (SEASONS, SEASON_HOURS, size, size))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error later
-            with open(temporary, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, os.path.getsize(temporary))
+        out = reserved(temporary, (SEASONS, SEASON_HOURS, size, size), np.float16)
         z = S.sqrt() * noise()
         for hour in tqdm(range(SEASON_HOURS), desc=f"making {path}", unit="h"):
             latent = torch.fft.ifft2(z, norm="forward")[:, :size, :size]
@@ -1767,6 +1764,15 @@ def write_samples(folder, x, layout, history, lead, reference=None):
     with replacing(folder / "samples.nc") as f:
         ds.to_netcdf(f.name, engine="netcdf4", encoding=fill)
     return ["samples.npz", "samples.nc"]
+
+
+def reserved(path, shape, dtype):
+    """An array on disk, its space taken: a full disk is an error now, not a bus error later."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 @contextmanager

@@ -11,11 +11,11 @@ what a setting may be, and which task, sampler or method it belongs to.
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -102,23 +102,16 @@ def check(c):
     """Refuse settings that cannot work together."""
     train.one_of(c, "task", TASKS)
     train.one_of(c, "sampler", ("auto", *diffusion.SAMPLERS))
-    latent = c.task in ("encode", "morph")
+    latent, count = c.task in ("encode", "morph"), f"--num_samples={c.num_samples}"
     smooth = c.sampler in ("ode", "heun", "dpmpp", "modes") or (c.sampler == "ddim" and c.eta == 0)
-    require(
-        not latent or (smooth and c.churn == 0),
-        f"--task={c.task} needs a deterministic sampler: --sampler=ode",
-    )
+    ordered = not latent or (smooth and c.churn == 0)
+    require(ordered, f"--task={c.task} needs a deterministic sampler: --sampler=ode")
     require(not latent or c.steps != 1, f"--task={c.task} needs at least 2 --steps")
     require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
     require(not c.input or c.task != "generate", "--input belongs to another --task than generate")
-    require(
-        c.num_samples % c.members == 0,
-        f"--num_samples={c.num_samples} must be a multiple of --members={c.members}",
-    )
+    require(c.num_samples % c.members == 0, f"{count} must be a multiple of --members={c.members}")
     whole = c.task == "generate" and not c.length and not c.frames
-    require(
-        not c.exact or whole, "--exact belongs to --task=generate, with the length of the clips trained on"
-    )
+    require(not c.exact or whole, "--exact belongs to --task=generate, with clips as long as trained on")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,8 +149,7 @@ class Problem:
         """The truth of what is drawn, NaN where it was known; None where nothing is known, or no truth."""
         if self.truth is None or not self.mask.any():
             return None
-        known = np.isfinite(self.given(codec)) & (self.factor == 1)
-        unseen = np.where(known, np.nan, self.truth)
+        unseen = np.where(np.isfinite(self.given(codec)) & (self.factor == 1), np.nan, self.truth)
         return unseen if np.isfinite(unseen).any() else None
 
 
@@ -172,11 +164,10 @@ def lengths(c, trained):
 
 
 def open_input(c, model):
-    """The record that clips are read from: --input, in the model's order of rows and columns, or its own."""
+    """The record that clips are read from: --input, its rows and columns in the model's order, or its own."""
     if not c.input:
         return model.open_record()
-    names = ",".join(model.layout.names)
-    record = data.open_record(c.input, names if model.layout.named else "")
+    record = data.open_record(c.input, ",".join(model.layout.names) if model.layout.named else "")
     record = record.fit_to(model.layout, f"--input={c.input}", c.factor if c.task == "superres" else 1)
     if record.layout.size != model.layout.size and model.conditions.channels:
         fine = model.open_record()  # static fields on the fine grid
@@ -191,10 +182,7 @@ def choose_starts(c, model, record, frames, count):
         starts = data.runs(record, frames)
     else:
         starts = data.split_windows(record, trained, max(frames, trained))[1]
-    if not len(starts) and c.task in (
-        "forecast",
-        "hindcast",
-    ):  # no truth to verify with
+    if not len(starts) and c.task in ("forecast", "hindcast"):  # no truth to verify with
         frames, starts = c.known, data.runs(record, c.known)
     require(len(starts), f"--input={c.input} has no {frames} consecutive frames")
     if c.task == "inpaint" and c.input:  # clips with a gap
@@ -216,11 +204,8 @@ def known_cells(c, clips, model):
     factor = c.factor if c.task == "superres" else 1
     require(H % factor == 0 == W % factor, f"--factor={factor} does not divide the grid of {H} x {W}")
     y = model.codec.encode(clips)
-    mask = y.isfinite().float()
-    if known is None:
-        mask = 0 * mask
-    else:
-        mask = mask * torch.from_numpy(known(np.arange(length), length, c))[:, None, None]
+    frames = known(np.arange(length), length, c) if known else np.zeros(length, bool)
+    mask = y.isfinite().float() * torch.from_numpy(frames)[:, None, None]
     if c.task == "inpaint" and not c.input:  # for want of a hole, the middle is hidden
         mask[..., H // 4 : -(-3 * H // 4), W // 4 : -(-3 * W // 4)] = 0
     y = y.nan_to_num() * mask
@@ -247,8 +232,7 @@ def pose(c, model):
         clips[:, :, before : before + n] = data.read_clips(record, start, n)
     y, mask, factor = known_cells(c, clips, model)
     hours = (t - before) * layout.step_hours + np.zeros((count, 1))
-    if record:
-        hours = hours + record.hours[start][:, None]
+    hours = hours + record.hours[start][:, None] if record else hours
     if model.conditions.channels:
         index = np.maximum(start[:, None] + t - before, 0)
         told = model.conditions.values(record, index, hours, layout.size)
@@ -310,9 +294,7 @@ def make_denoiser(c, model, known, told):
 
 def make_step(c, law, known=False):
     """The sampler's step with its options; auto is dpmpp where a part is given, else dpmpp_sde."""
-    name = c.sampler
-    if name == "auto":
-        name = "dpmpp" if known else "dpmpp_sde"
+    name = ("dpmpp" if known else "dpmpp_sde") if c.sampler == "auto" else c.sampler
     langevin = {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {})
     options = {
         "ancestral": {"variance": c.variance},
@@ -328,24 +310,18 @@ def make_step(c, law, known=False):
 
 def make_grid(c, trained, emerging):
     """The log-SNRs to visit, (steps + 1,), from the Levels trained on and those where the modes emerge."""
-    levels = {"auto": emerging, "time": trained, "rho": diffusion.Levels("rho", emerging.lo, emerging.hi)}[
-        c.spacing
-    ]
-    grid = levels.grid(c.steps)
+    rho = diffusion.Levels("rho", emerging.lo, emerging.hi)
+    grid = {"auto": emerging, "time": trained, "rho": rho}[c.spacing].grid(c.steps)
     if c.task == "edit":
-        require(
-            grid[0] <= c.edit_logsnr <= grid[-2],
-            f"--edit_logsnr={c.edit_logsnr} lies outside the grid, from {grid[0]:.1f} to {grid[-2]:.1f}",
-        )
+        first, last = float(grid[0]), float(grid[-2])
+        wrong = f"--edit_logsnr={c.edit_logsnr} lies outside the grid, from {first:.1f} to {last:.1f}"
+        require(first <= c.edit_logsnr <= last, wrong)
         grid = torch.cat([grid.new_tensor([c.edit_logsnr]), grid[grid > c.edit_logsnr]])
     if c.sampler in ("sde", "langevin"):  # explicit in log-SNR, or nothing but Langevin steps between levels
         widest = float(grid[:-1].diff().max()) if len(grid) > 2 else math.inf
         enough = math.floor((emerging.hi - emerging.lo) / 2) + 3
-        require(
-            widest < 2,
-            f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f}): use"
-            f" --spacing=auto with at least {enough} --steps",
-        )
+        wrong = f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f})"
+        require(widest < 2, f"{wrong}: use --spacing=auto with at least {enough} --steps")
     return grid
 
 
@@ -360,87 +336,73 @@ def generators(seed, indices):
 
 
 def encode(denoise, x, grid):
-    """The latents of fields x (B, ...): the probability-flow ODE run from data to noise through the grid. (B,
-    ...)
-    """
+    """Latents of fields x (B, ...): the probability-flow ODE run from data to noise through the grid."""
     z = diffusion.diffuse(x, grid[-2:-1], torch.zeros_like(x))
     *_, (latent, _) = diffusion.sample(denoise, z, grid[:-1].flip(0), diffusion.ode)
     return latent
 
 
-class Starts:
-    """Where the chains of a task start: noise about the mean at the first level, or the given clips."""
+class Sampler:
+    """What draws the clips of a problem; law: that of --exact, or None."""
 
-    def __init__(self, c, model, problem, grid):
-        self.task, self.grid, self.last = c.task, grid, c.num_samples - 1
-        self.x = None
+    def __init__(self, c, model, problem, grid, law):
+        self.c, self.model, self.problem, self.grid, self.law = c, model, problem, grid, law
+        self.device = model.denoiser.gaussian.mean.device
+        self.x = None  # the clips that chains start from
         if TASKS[c.task].start != "noise":
             self.x = model.codec.encode(problem.truth).nan_to_num()
         if c.task == "morph":
-            ends = self.x[[0, -1]].to(model.denoiser.gaussian.mean.device)
-            nothing = diffusion.Observation(torch.zeros_like(ends), torch.zeros_like(ends))
-            self.ends = encode(make_denoiser(c, model, nothing, None), ends, grid)
+            ends = self.x[[0, -1]].to(self.device)
+            self.ends = encode(partial(model.denoiser.denoise, cond=None), ends, grid)
 
-    def __call__(self, denoise, like, indices, rows, noise):
+    def start(self, denoise, like, indices, rows, noise):
         """z (B, C, T, H, W) at the first level of samples `indices` of conditions `rows`."""
-        if self.task == "morph":
-            return torch.stack([diffusion.interpolate(*self.ends, i / self.last) for i in indices])
-        if self.task == "encode":
+        if self.c.task == "morph":
+            last = self.c.num_samples - 1
+            return torch.stack([diffusion.interpolate(*self.ends, i / last) for i in indices])
+        if self.c.task == "encode":
             return encode(denoise, self.x[rows].to(like), self.grid)
         level = self.grid[:1].expand(len(rows))
-        x = self.x[rows].to(like) if self.task == "edit" else denoise(torch.zeros_like(like), level)
+        x = self.x[rows].to(like) if self.c.task == "edit" else denoise(torch.zeros_like(like), level)
         return diffusion.diffuse(x, level, noise(x))
 
+    def chain(self, denoise, known, indices, rows, noise, advance):
+        """One window, from the first level to a clean field that agrees with what is known."""
+        like = known.lift(known.y)
+        law = self.law or self.model.denoiser.gaussian.frames(like.shape[2])
+        step = make_step(self.c, law, bool(known.mask.any()))
+        z = self.start(denoise, like, indices, rows, noise)
+        for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
+            advance(len(indices))
+        return z if self.c.obs_std else known.project(z)
 
-@dataclass
-class Sampler:
-    """What draws clips of a problem: c the settings, grid the log-SNRs, law that of --exact, or None."""
-
-    c: object
-    model: train.Model
-    problem: Problem
-    grid: torch.Tensor
-    law: BoxLaw | None
-
-    def draw(self, indices, starts, advance):
+    def draw(self, indices, advance):
         """Standardised clips (B, C, L, H, W), window by window; advance(B) is called after every step."""
-        c, problem, device = self.c, self.problem, self.model.denoiser.gaussian.mean.device
-        rows, noise = [i // c.members for i in indices], generators(c.seed, indices)
+        problem, device = self.problem, self.device
+        rows, noise = [i // self.c.members for i in indices], generators(self.c.seed, indices)
         if self.law:
             zero = torch.zeros(len(rows), *self.law.variances.shape, device=device)
-            known = diffusion.Observation(zero, zero)
-            return self.chain(self.law.denoise, known, indices, rows, noise, starts, advance, False)
+            nothing = diffusion.Observation(zero, zero)
+            return self.chain(self.law.denoise, nothing, indices, rows, noise, advance)
         valid = self.model.codec.valid.to(device)
         y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
         for window, keep in problem.windows:
             known = diffusion.Observation(y[:, :, window], mask[:, :, window], problem.factor)
             told = None if problem.told is None else problem.told[rows][:, :, window].to(device)
-            denoise = make_denoiser(c, self.model, known, told)
-            some = bool(problem.mask[:, :, window].any()) or bool(mask[:, :, window].any())
-            z = self.chain(denoise, known, indices, rows, noise, starts, advance, some)
+            denoise = make_denoiser(self.c, self.model, known, told)
+            z = self.chain(denoise, known, indices, rows, noise, advance)
             if problem.factor > 1:
                 return z
             y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
         return y
 
-    def chain(self, denoise, known, indices, rows, noise, starts, advance, some):
-        """One window, from the first level to a clean field that agrees with what is known."""
-        like = known.lift(known.y)
-        law = self.law or self.model.denoiser.gaussian.frames(like.shape[2])
-        step = make_step(self.c, law, some)
-        z = starts(denoise, like, indices, rows, noise)
-        for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
-            advance(len(indices))
-        return z if self.c.obs_std else known.project(z)
-
     def run(self, parts, missing, rank):
         """Draw the missing samples into parts/NNNNNN.pt."""
-        starts = Starts(self.c, self.model, self.problem, self.grid)
         total = len(missing) * (len(self.grid) - 1) * len(self.problem.windows)
         with tqdm(total=total, desc="sampling", unit="step", disable=rank > 0) as bar:
             for first in range(0, len(missing), self.c.batch_size):
                 indices = missing[first : first + self.c.batch_size]
-                clips = self.draw(indices, starts, bar.update)
+                clips = self.draw(indices, bar.update)
                 if not clips.isfinite().all():
                     raise RuntimeError("the samples are not finite: use more --steps or --clip=true")
                 for i, x in zip(indices, clips.cpu()):
@@ -460,7 +422,7 @@ class Sampler:
             else:
                 clip = self.model.codec.decode(y, valid=True)
             if x is None:
-                x = reserved(parts / "samples.npy", (self.c.num_samples, *clip.shape[1:]))
+                x = data.reserved(parts / "samples.npy", (self.c.num_samples, *clip.shape[1:]), np.float32)
             x[i] = clip[0]
             if self.c.task == "encode":
                 given = self.model.codec.encode(self.problem.truth[i : i + 1])
@@ -480,79 +442,46 @@ def fingerprint(c, digest):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def reserved(path, shape):
-    """A float32 array on disk, its space taken: a full disk is an error now, not a bus error later."""
-    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-    return array
-
-
 # ------------------------------------------------------------------------------------------------------------
 # verification: pure functions of physical clips of one variable, (N, T, H, W), NaN where there is no data
 
-LEVELS = [
-    1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)
-]  # 0 .. 0.9, 0.91 .. 0.999998
+LEVELS = [1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)]  # 0 .. 0.9 .. 0.999998
 RETURNS = (2, 10, 50)  # return periods of the maximum of a clip, in clips
 RESAMPLES, FEWEST_BLOCKS = 400, 5  # of a bootstrap, and below which it says nothing
 POWERS = {"spatial_power": "spatial power", "temporal_power": "temporal power"}
 CURVES = ("quantiles", "returns", "autocorrelation", *POWERS)
-NATURAL, BIAS = "natural", "mean |bias| per cell"
+NATURAL = "natural"  # % for a variable with floor 0 (rain), else standard deviations: no per cent of kelvins
+BIAS = "mean |bias| per cell"
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """A row of the verification table.
-
-    unit: of the error: "%" of the reference, "pt" percentage points, "dB", "" none, "units" of the variable,
-        NATURAL: % for a variable with floor 0 (rain), else standard deviations (no per cent of kelvins).
-    of: what `statistics` returns -> a number, whose difference from the reference is the error; an array with
-        `size`. An empty array leaves the row out. floored: a row for variables with a floor alone.
-    size: (array of sizes of differences, what `statistics` returns) -> one distance >= 0, the error.
-    """
-
-    label: str
-    unit: str
-    of: Callable
-    size: Callable | None = None
-    floored: bool = False
-
-    def error(self, pair, scale, found=0.0):
-        """In units of `scale`; of a distance the size of what differs from the differences `found` before."""
-        d = pair.difference(self.of) / scale
-        return self.size(np.abs(d - found), pair.samples) if self.size else d.item()
-
-
-STATISTICS = [
-    Statistic("mean", NATURAL, lambda s: s["mean"]),
-    Statistic("standard deviation", "%", lambda s: s["std"]),
-    Statistic("dry fraction", "pt", lambda s: s["dry"], floored=True),
-    Statistic("wet spell, frames", "%", lambda s: s["wet_spell"], floored=True),
-    Statistic("quantile 0.9", NATURAL, lambda s: np.interp(0.9, LEVELS, s["quantiles"])),
-    Statistic("quantile 0.99", NATURAL, lambda s: np.interp(0.99, LEVELS, s["quantiles"])),
-    Statistic("quantile 0.999", NATURAL, lambda s: np.interp(0.999, LEVELS, s["quantiles"])),
-    Statistic("quantile 0.9999", NATURAL, lambda s: np.interp(0.9999, LEVELS, s["quantiles"])),
-    Statistic("clip maximum, 1 in 2", NATURAL, lambda s: s["returns"][0]),
-    Statistic("clip maximum, 1 in 10", NATURAL, lambda s: s["returns"][1]),
-    Statistic("clip maximum, 1 in 50", NATURAL, lambda s: s["returns"][2]),
-    Statistic("autocorrelation, lag 1", "", lambda s: s["autocorrelation"][1:2]),
-    Statistic("autocorrelation, lag 3", "", lambda s: s["autocorrelation"][3:4]),
-    Statistic("autocorrelation, lag 6", "", lambda s: s["autocorrelation"][6:7]),
-    Statistic("Wasserstein-1", "units", lambda s: s["cdf"][:-1], lambda d, s: d @ np.diff(s["edges"])),
-    Statistic("spatial power, median error", "%", lambda s: s["spatial_power"], lambda d, s: np.median(d)),
-    Statistic("spatial power, worst error", "%", lambda s: s["spatial_power"], lambda d, s: d.max()),
-    Statistic("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), lambda d, s: rms(d)),
-    Statistic("temporal power, median error", "%", lambda s: s["temporal_power"], lambda d, s: np.median(d)),
-    Statistic("temporal power, worst error", "%", lambda s: s["temporal_power"], lambda d, s: d.max()),
-    Statistic("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), lambda d, s: rms(d)),
-    Statistic(BIAS, NATURAL, lambda s: s["map"], lambda d, s: area_mean(d, None, s["weights"])),
-]
+def quantile(s, p):
+    return np.interp(p, LEVELS, s["quantiles"])
 
 
 def decibels(power):
     return 10 * np.log10(power)
+
+
+STATISTICS = [  # (label, unit of the error, what `statistics` returns -> number; an empty array: no such row)
+    ("mean", NATURAL, lambda s: s["mean"]),
+    ("standard deviation", "%", lambda s: s["std"]),
+    ("dry fraction", "pt", lambda s: s["dry"]),  # pt: percentage points
+    ("quantile 0.9", NATURAL, lambda s: quantile(s, 0.9)),
+    ("quantile 0.99", NATURAL, lambda s: quantile(s, 0.99)),
+    ("quantile 0.999", NATURAL, lambda s: quantile(s, 0.999)),
+    ("quantile 0.9999", NATURAL, lambda s: quantile(s, 0.9999)),
+    ("clip maximum, 1 in 2", NATURAL, lambda s: s["returns"][0]),
+    ("clip maximum, 1 in 10", NATURAL, lambda s: s["returns"][1]),
+    ("clip maximum, 1 in 50", NATURAL, lambda s: s["returns"][2]),
+    ("autocorrelation, lag 1", "", lambda s: s["autocorrelation"][1:2]),
+    ("autocorrelation, lag 3", "", lambda s: s["autocorrelation"][3:4]),
+    ("autocorrelation, lag 6", "", lambda s: s["autocorrelation"][6:7]),
+]
+DISTANCES = [  # (label, unit, what `statistics` returns -> array, sizes of differences and weights -> error)
+    ("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), lambda d, w: rms(d)),
+    ("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), lambda d, w: rms(d)),
+    (BIAS, NATURAL, lambda s: s["map"], lambda d, w: area_mean(d, None, w)),
+]
 
 
 def rms(d):
@@ -560,8 +489,7 @@ def rms(d):
 
 
 def area_mean(a, axis, area=None):
-    """Mean of a (..., H, W) over axis but for NaN, rows weighted by area (H,) if given; NaN where nothing is
-    there."""
+    """Mean of a (..., H, W) over axis where it is not NaN, rows weighted by area (H,) if given."""
     there = np.isfinite(a)
     w = there if area is None else area[:, None] * there
     with np.errstate(invalid="ignore"):
@@ -569,26 +497,15 @@ def area_mean(a, axis, area=None):
 
 
 def spatial_spectrum(x):
-    """Radially averaged power of single frames against wavenumber in cycles per cell. Two (K,) arrays."""
+    """Radially averaged power of single frames by wavenumber in cycles per cell: two (K,) arrays."""
     return data.rings((np.abs(np.fft.fft2(x)) ** 2).mean((0, 1)) / (x.shape[-2] * x.shape[-1]))
 
 
 def temporal_spectrum(x):
-    """Power of a cell's time series, averaged over cells, against frequency in cycles per frame. Two (K,)
-    arrays."""
+    """Power of a cell's time series, averaged over cells, by frequency in cycles per frame: two (K,) arrays."""
     T = x.shape[1]
     power = (np.abs(np.fft.rfft(x, axis=1)) ** 2).mean((0, 2, 3)) / T
     return np.arange(1, T // 2 + 1) / T, power[1:]
-
-
-def spell_lengths(wet):
-    """Number of runs of 1 .. T wet frames in the cells of wet (n, T, H, W), cut where a clip ends. (T,)"""
-    T, run, counts = wet.shape[1], 0, 0
-    for t in range(T):
-        run = (run + 1) * wet[:, t]
-        last = run * ~wet[:, t + 1] if t < T - 1 else run  # (n, H, W): length where a run ends, else 0
-        counts = counts + np.bincount(last.ravel(), minlength=T + 1)
-    return counts[1:]
 
 
 def tally(x, edges, wet, weights, centre):
@@ -600,53 +517,59 @@ def tally(x, edges, wet, weights, centre):
     n, T = x.shape[:2]
     valid = np.isfinite(x)
     w, a = valid * weights[:, None], np.where(valid, x - centre, 0.0)
-    sums = {"clips": n, "count": w.sum(), "sum": (w * a).sum(), "square": (w * a**2).sum()}
-    sums |= {"cell": a.sum((0, 1)), "cell_count": valid.sum((0, 1))}  # (H, W)
     maxima = np.where(valid, x, -np.inf).max((1, 2, 3))
     maxima = np.searchsorted(edges, maxima[maxima > -np.inf])
-    sums["maxima"] = np.bincount(maxima, minlength=len(edges))  # (edges,)
-    sums["at"] = np.bincount(np.searchsorted(edges, x[valid]), w[valid], len(edges))
-    sums |= {"dry": (w * (x <= wet)).sum(), "spells": spell_lengths(x > wet)}  # (T,)
     lags = []
     for lag in range(T):
         both, first, second = w[:, : T - lag] * valid[:, lag:], a[:, : T - lag], a[:, lag:]
         lags.append([both.sum(), (both * first).sum(), (both * second).sum(), (both * first * second).sum()])
-    sums["lags"] = np.transpose(lags)  # (4, T)
-    return sums | {"space": n * spatial_spectrum(a)[1], "time": n * temporal_spectrum(a)[1]}
+    return {
+        "clips": n,
+        "count": w.sum(),
+        "sum": (w * a).sum(),
+        "square": (w * a**2).sum(),
+        "dry": (w * (x <= wet)).sum(),
+        "cell": a.sum((0, 1)),  # (H, W)
+        "cell_count": valid.sum((0, 1)),
+        "at": np.bincount(np.searchsorted(edges, x[valid]), w[valid], len(edges)),
+        "maxima": np.bincount(maxima, minlength=len(edges)),
+        "lags": np.transpose(lags),  # (4, T)
+        "space": n * spatial_spectrum(a)[1],
+        "time": n * temporal_spectrum(a)[1],
+    }
 
 
-def statistics(S, edges, weights, centre):
-    """What sums S of `tally` say of the clips, {name: number or array}; named as in data.rain_law what that
-    knows."""
+def statistics(S, edges, wet, weights, centre):
+    """What sums S of `tally` say of the clips, {name: number or array}; names as in data.rain_law."""
     m = S["sum"] / S["count"]
     variance = np.maximum(S["square"] / S["count"] - m**2, 0.0)
-    out = {"edges": edges, "weights": weights, "mean": m + centre, "std": np.sqrt(variance)}
-    out["map"] = S["cell"] / S["cell_count"] + centre  # (H, W)
-    out["cdf"] = S["at"].cumsum() / S["count"]
-    out["quantiles"] = np.interp(LEVELS, out["cdf"], edges)
-    out["returns"] = np.interp(1 - 1 / np.array(RETURNS), S["maxima"].cumsum() / S["maxima"].sum(), edges)
-    out |= {"dry": S["dry"] / S["count"], "spells": S["spells"] / S["spells"].sum()}
-    out["wet_spell"] = out["spells"] @ np.arange(1, len(out["spells"]) + 1)
     count, first, second, product = S["lags"]
-    out["autocorrelation"] = ((product - m * (first + second)) / count + m**2) / variance
-    return out | {"spatial_power": S["space"] / S["clips"], "temporal_power": S["time"] / S["clips"]}
+    return {
+        "mean": m + centre,
+        "std": np.sqrt(variance),
+        "dry": np.full(int(np.isfinite(wet)), S["dry"] / S["count"]),  # empty for a variable without a floor
+        "map": S["cell"] / S["cell_count"] + centre,  # (H, W)
+        "quantiles": np.interp(LEVELS, S["at"].cumsum() / S["count"], edges),
+        "returns": np.interp(1 - 1 / np.array(RETURNS), S["maxima"].cumsum() / S["maxima"].sum(), edges),
+        "autocorrelation": ((product - m * (first + second)) / count + m**2) / variance,
+        "spatial_power": S["space"] / S["clips"],
+        "temporal_power": S["time"] / S["clips"],
+    }
 
 
 def few(n):
-    """Blocks of n clips of one record, which depend on each other: about sqrt(n) clips long, 10 to 100
-    blocks."""
+    """Blocks of n clips of one record, which depend on each other: about sqrt(n) clips long, 10 to 100."""
     return min(n, max(round(math.sqrt(n)), 10), 100)
 
 
 def bootstrap(samples, truth, sums, groups=None, paired=False):
-    """Sums over samples (N, ...) and over true clips (M, ...), by blocks: (draw, the least number of
-    blocks).
+    """Yields [sums over samples (N, ...), over true clips (M, ...)]: of all, then of RESAMPLES resamples, by
+    blocks drawn with replacement; none of fewer than FEWEST_BLOCKS blocks.
 
-    sums: clips -> {name: sum}. draw() -> [sums of samples, of truth]; draw(rng): over blocks drawn with
-    replacement. Samples are independent, or `groups` runs of them are: a sequence cut in pieces, the members
-    of one condition. Held-out clips are not: see `few`. paired: group i was made of, or for, truth[i]: the
-    two are drawn together. Of n blocks n - 1 are drawn, which gives means their variance (Rao and Wu 1988; n
-    would give (n - 1) / n of it).
+    sums: clips -> {name: sum}. Samples are independent, or `groups` runs of them are: a sequence cut in
+    pieces, the members of one condition. Held-out clips are not: see `few`. paired: group i was made of, or
+    for, truth[i], and the two are drawn together. Of n blocks n - 1 are drawn, which gives means their
+    variance (Rao and Wu 1988).
     """
     groups = groups or len(samples)
     counts = [few(groups)] * 2 if paired else [min(groups, 100), few(len(truth))]
@@ -655,15 +578,11 @@ def bootstrap(samples, truth, sums, groups=None, paired=False):
         at = np.linspace(0, units, n + 1).astype(int) * (len(x) // units)
         parts = [sums(x[i:j]) for i, j in zip(at, at[1:])]
         blocks.append({k: np.array([p[k] for p in parts], np.float64) for k in parts[0]})  # (n, ...)
-
-    def draw(rng=None):
-        times = [
-            np.ones(n) if rng is None else 1.0 * rng.multinomial(n - 1, np.full(n, 1 / n)) for n in counts
-        ]
+    rng = np.random.default_rng(0)
+    for i in range(1 + RESAMPLES * (min(counts) >= FEWEST_BLOCKS)):
+        times = [rng.multinomial(n - 1, np.full(n, 1 / n)) if i else np.ones(n) for n in counts]
         times = [times[0], times[0]] if paired else times
-        return [{k: np.tensordot(t, v, 1) for k, v in b.items()} for t, b in zip(times, blocks)]
-
-    return draw, min(counts)
+        yield [{k: np.tensordot(t, v, 1) for k, v in b.items()} for t, b in zip(times, blocks)]
 
 
 def plain(value):
@@ -678,31 +597,22 @@ def plain(value):
 
 
 def table_row(unit, error, drawn, values=()):
-    """A row of the table as plain values: the 95 % interval of an error is that of the resampled errors
-    `drawn`.
+    """A row of the table as plain values. The 95 % interval of an error is that of the resampled errors.
 
     values: of samples, held-out clips and, where known, the exact law. A distance has none: drawn is what
-    chance alone makes of it, its interval 0 to the 95 % quantile of that. No interval where something is not
-    finite.
+    chance alone makes of it, its interval 0 to the 95 % quantile of that.
     """
     interval, within = None, False
     if len(drawn) and np.isfinite([*drawn, error]).all():
         interval = np.quantile(drawn, (0.025, 0.975)) if values else np.array([0.0, np.quantile(drawn, 0.95)])
-        within = interval[0] <= (0.0 if values else error) <= interval[1]
-    row = {
-        "values": values,
-        "error": error,
-        "unit": unit,
-        "interval": interval,
-        "within_sampling_error": within,
-    }
-    return plain(row)
+        within = bool(interval[0] <= (0.0 if values else error) <= interval[1])
+    row = {"values": values, "error": error, "unit": unit, "interval": interval}
+    return plain(row | {"within_sampling_error": within})
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What `statistics` says of samples and of held-out clips, and what is known exactly (data.rain_law, or
-    {})."""
+    """What `statistics` says of samples and of held-out clips, and what is known exactly (data.rain_law)."""
 
     samples: dict
     held_out: dict
@@ -724,78 +634,66 @@ class Pair:
         return of(self.samples) - self.reference(of)
 
 
-def unit_and_scale(row, pair, floor, units):
-    """(unit in which an error is told, what the difference is divided by for it: NaN where that means
-    nothing)."""
-    unit = {NATURAL: "%" if floor == 0 else "std", "units": f"[{units}]"}.get(row.unit, row.unit)
+def unit_and_scale(unit, of, pair, floor):
+    """(unit of an error, what a difference is divided by for it: NaN where that means nothing)."""
+    if unit == NATURAL:
+        unit = "%" if floor == 0 else "std"
     if unit == "std":
         return unit, pair.reference(lambda s: s["std"]) or np.nan
     if unit != "%":
         return unit, 1.0
-    size = np.abs(pair.reference(row.of))
+    size = np.abs(pair.reference(of))
     least = 0.1 * np.nanmean(size) if size.ndim == 2 else 0.0  # no ratio to cells where it hardly ever rains
     return unit, np.where(size > least, size, np.nan)
 
 
-def compare_rows(pair, others, floor, units):
-    """(table, differences per cell, {curve: its band}); others: the Pairs of a bootstrap, one after the
-    other."""
-    table = [row for row in STATISTICS if not row.floored or floor is not None]
-    table = [row for row in table if np.size(row.of(pair.samples))]
-    told = {row: unit_and_scale(row, pair, floor, units) for row in table}
-    found = {row: pair.difference(row.of) / scale if row.size else 0.0 for row, (_, scale) in told.items()}
-    drawn, curves = {row: [] for row in table}, {k: [] for k in CURVES}
-    for other in others:
-        for row, (_, scale) in told.items():
-            drawn[row].append(row.error(other, scale, found[row]))
+def compare_rows(pairs, floor, weights):
+    """(rows, the Pair of all clips, differences per cell, {curve: its band}) of the Pairs of `bootstrap`."""
+    pair = next(pairs)
+    table = [(*row, None) for row in STATISTICS if np.size(row[2](pair.samples))]
+    table += [row for row in DISTANCES if np.size(row[2](pair.samples))]
+    scales = [unit_and_scale(unit, of, pair, floor) for _, unit, of, _ in table]
+    found = [pair.difference(of) / scale for (*_, of, _), (_, scale) in zip(table, scales)]
+    drawn, curves = [[] for _ in table], {k: [] for k in CURVES}
+    for other in pairs:
+        for i, (*_, of, size) in enumerate(table):
+            d = other.difference(of) / scales[i][1]
+            drawn[i].append(size(np.abs(d - found[i]), weights) if size else d.item())
         for k in CURVES:
             curves[k].append(other.difference(lambda s: s[k]))
     rows = {}
-    for row, (unit, scale) in told.items():
-        error = row.error(pair, scale)
-        values = () if row.size else [v.item() for v in pair.values(row.of).values()]
-        rows[row.label] = table_row(unit, error, drawn[row], values)
-        if row.label == BIAS:  # independent errors add in squares
-            beyond = np.sqrt(np.maximum(error**2 - np.mean(drawn[row] or np.nan) ** 2, 0.0))
-            rows["mean |bias| beyond sampling"] = table_row(unit, beyond, ())
-            bias = found[row]
+    for i, (label, _, of, size) in enumerate(table):
+        error = size(np.abs(found[i]), weights) if size else found[i].item()
+        values = () if size else [v.item() for v in pair.values(of).values()]
+        rows[label] = table_row(scales[i][0], error, drawn[i], values)
+        if label == BIAS:  # independent errors add in squares
+            beyond = np.sqrt(np.maximum(error**2 - np.mean(drawn[i] or np.nan) ** 2, 0.0))
+            rows["mean |bias| beyond sampling"] = table_row(scales[i][0], beyond, ())
     bands = {}
     for k, draws in curves.items():
         if draws:
             d = np.quantile(draws, (0.025, 0.975), axis=0) - pair.difference(lambda s: s[k])
             bands[k] = pair.reference(lambda s: s[k]) + d  # where 95 % of perfect sample sets lie
-    return rows, bias, bands
+    return rows, pair, found[-1], bands
 
 
 def values_to_count(samples, truth):
-    """(bins (241,), edges): the distribution function is counted at the quantiles asked for, and between
-    them."""
-    lowest, highest = min(map(np.nanmin, (samples, truth))), max(map(np.nanmax, (samples, truth)))
-    bins = np.linspace(lowest, highest, 241)
+    """Values at which the distribution functions are counted: the quantiles asked for, and between them."""
     between = torch.special.ndtr(torch.linspace(-4.5, 4.5, 181, dtype=torch.float64)).numpy()
-    edges = [bins]
+    edges = [np.linspace(min(map(np.nanmin, (samples, truth))), max(map(np.nanmax, (samples, truth))), 241)]
     for x in (samples, truth):
         maxima = np.where(np.isfinite(x), x, -np.inf).max((1, 2, 3))
         edges.append(np.quantile(x[np.isfinite(x)], [*LEVELS, *between]))
         edges.append(np.quantile(maxima[maxima > -np.inf], 1 - 1 / np.array(RETURNS)))
-    return bins, np.unique(np.concatenate(edges).astype(np.result_type(samples, truth)))
+    return np.unique(np.concatenate(edges).astype(np.result_type(samples, truth)))
 
 
-def share_of_bins(s, bins):
-    share = np.diff(np.interp(bins, s["edges"], s["cdf"]))
-    share[0] += s["cdf"][0]  # an atom at the minimum lies in the first bin
-    return share
-
-
-def compare(
-    samples, truth, floor=None, dry=0.01, weights=None, exact=None, units="", groups=None, paired=False
-):
+def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, groups=None, paired=False):
     """Statistics of sampled against true clips (N, T, H, W), a dict of plain values for verify.json.
 
     Errors are against the exact law where it says a statistic, else against the held-out clips. weights:
-    (H,) area of rows. Sampling errors by `bootstrap`, which explains groups and paired; fewer than five
-    blocks say nothing of them. Raises data.InputError if the samples or the held-out clips have no value at
-    all.
+    (H,) area of rows. groups, paired: see `bootstrap`. Raises data.InputError if the samples or the held-out
+    clips have no value at all.
     """
     for what, x in (("samples", samples), ("held-out clips", truth)):
         if not np.isfinite(x).any():
@@ -806,44 +704,28 @@ def compare(
         truth = np.where(np.isfinite(truth), floor, truth)  # rounding errors have no spectrum
     centre = float(np.nanmean(truth, dtype=np.float64))
     weights = np.ones(truth.shape[2]) if weights is None else weights
-    bins, edges = values_to_count(samples, truth)
-    sums = partial(tally, edges=edges, wet=wet, weights=weights, centre=centre)
-    draw, blocks = bootstrap(samples, truth, sums, groups, paired)
-
-    def measure(rng=None):
-        return Pair(*(statistics(S, edges, weights, centre) for S in draw(rng)), exact or {})
-
+    how = {"edges": values_to_count(samples, truth), "wet": wet, "weights": weights, "centre": centre}
+    draws = bootstrap(samples, truth, partial(tally, **how), groups, paired)
+    pairs = (Pair(*(statistics(S, **how) for S in draw), exact or {}) for draw in draws)
     with np.errstate(all="ignore"):  # what has no value is NaN here and null in the result
-        pair, rng = measure(), np.random.default_rng(0)
-        others = (measure(rng) for _ in range(RESAMPLES if blocks >= FEWEST_BLOCKS else 0))
-        rows, bias, bands = compare_rows(pair, others, floor, units)
-    curves = {k: pair.values(lambda s: s[k]) for k in CURVES}
+        rows, pair, bias, bands = compare_rows(pairs, floor, weights)
+        curves = {k: pair.values(lambda s: s[k]) for k in CURVES}
     for k, band in bands.items():
         curves[k]["band"] = band
     T, H, W = samples.shape[1:]
     curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, RETURNS
     curves["spatial_power"]["frequency"] = spatial_spectrum(np.zeros((1, 1, H, W)))[0]
     curves["temporal_power"]["frequency"] = temporal_spectrum(np.zeros((1, T, 1, 1)))[0]
-    curves["histogram"] = {k: share_of_bins(getattr(pair, k), bins[::6]) for k in ("samples", "held_out")}
-    curves["histogram"]["edges"] = bins[::6]
-    if floor is not None:
-        curves["wet_spells"] = {"samples": pair.samples["spells"], "held_out": pair.held_out["spells"]}
-    four_digits = np.vectorize("{:.4g}".format)
     maps = [pair.samples["map"], pair.reference(lambda s: s["map"]), bias]
-    maps = [four_digits(a).astype(float) for a in maps]
-    out = {
-        "samples": len(samples),
-        "held_out_clips": len(truth),
-        "note": note,
-        "rows": rows,
-        "curves": curves,
-    }
-    return plain(out | {"mean_map": {"samples": maps[0], "reference": maps[1]}, "bias_map": maps[2]})
+    maps = [np.vectorize("{:.4g}".format)(a).astype(float) for a in maps]
+    out = {"samples": len(samples), "held_out_clips": len(truth), "note": note, "rows": rows}
+    out |= {"curves": curves, "mean_map": {"samples": maps[0], "reference": maps[1]}, "bias_map": maps[2]}
+    return plain(out)
 
 
 def cross_correlations(samples, truth, names, weights=None, groups=None, paired=False):
-    """Correlation of every pair of variables in the same cell and frame, rows as in `compare`. (N, C, T, H,
-    W) both"""
+    """Correlation of every pair of variables in the same cell and frame, rows as in `compare`.
+    (N, C, T, H, W) both"""
     weights = np.ones(samples.shape[3]) if weights is None else weights
     centre = np.nanmean(truth, (0, 2, 3, 4), keepdims=True, dtype=np.float64)[0]
 
@@ -858,16 +740,14 @@ def cross_correlations(samples, truth, names, weights=None, groups=None, paired=
         C = S["product"] / S["count"] - np.outer(m, m)
         return C / np.sqrt(np.outer(np.diag(C), np.diag(C)))
 
-    draw, blocks = bootstrap(samples, truth, products, groups, paired)
-    rng, rows = np.random.default_rng(0), {}
     with np.errstate(all="ignore"):
-        s, t = map(correlation, draw())
-        resamples = RESAMPLES if blocks >= FEWEST_BLOCKS else 0
-        drawn = [np.subtract(*map(correlation, draw(rng))) for _ in range(resamples)]
+        pairs = [
+            [correlation(S) for S in draw] for draw in bootstrap(samples, truth, products, groups, paired)
+        ]
+    (s, t), rows = pairs[0], {}
     for i, j in zip(*np.triu_indices(len(names), 1)):
-        values = (s[i, j], t[i, j])
-        errors = [d[i, j] for d in drawn]
-        rows[f"{names[i]} with {names[j]}"] = table_row("", s[i, j] - t[i, j], errors, values)
+        errors = [a[i, j] - b[i, j] for a, b in pairs[1:]]
+        rows[f"{names[i]} with {names[j]}"] = table_row("", s[i, j] - t[i, j], errors, (s[i, j], t[i, j]))
     return rows
 
 
@@ -877,32 +757,19 @@ def cross_correlations(samples, truth, names, weights=None, groups=None, paired=
 
 def crps(ensemble, truth):
     """Continuous ranked probability score, fair: E|X - y| - E|X - X'| / 2 with the members as a sample
-    (Ferro 2014).
+    (Ferro 2014). (M, N, ...), (N, ...) -> (N, ...)
 
-    (M, N, ...), (N, ...) -> (N, ...). A missing member is left out, cell by cell; one member is a point
-    forecast, whose score is its absolute error.
+    A missing member is left out, cell by cell; one member is a point forecast, scored by its absolute error.
     """
     M = np.isfinite(ensemble).sum(0)
     rank = np.arange(1, len(ensemble) + 1).reshape(-1, *[1] * truth.ndim)
-    ordered = np.sort(ensemble, 0)  # NaN last
-    pairs = np.nansum((2 * rank - M - 1) * ordered, 0)  # sum of |Xi - Xj|
+    pairs = np.nansum((2 * rank - M - 1) * np.sort(ensemble, 0), 0)  # sum of |Xi - Xj|; NaN is sorted last
     error = np.nansum(np.abs(ensemble - truth), 0) / np.maximum(M, 1)
     return np.where((M > 0) & np.isfinite(truth), error - pairs / np.maximum(M * (M - 1), 1), np.nan)
 
 
-def energy_score(ensemble, truth, area=None):
-    """The same for whole fields, |.| the root mean square over y and x: (M, N, T, H, W) -> (N, T)."""
-
-    def norm(d):
-        return np.sqrt(area_mean(np.where(np.isfinite(truth), d, np.nan) ** 2, (-2, -1), area))
-
-    M = len(ensemble)
-    pairs = sum(norm(ensemble[i] - ensemble[j]) for i in range(M) for j in range(i))
-    return np.mean([norm(member - truth) for member in ensemble], 0) - pairs / max(M * (M - 1), 1)
-
-
 def spread_skill(ensemble, truth, axis, area=None):
-    """Spread, root of the mean variance of the members times (M + 1) / M, and RMSE of their mean: equal if
+    """Spread, the root of the members' mean variance times (M + 1) / M, and RMSE of their mean: equal if
     calibrated."""
     M, seen = len(ensemble), np.isfinite(truth)
     spread = area_mean(np.where(seen, ensemble.var(0, ddof=1) * (M + 1) / M, np.nan), axis, area) ** 0.5
@@ -910,16 +777,13 @@ def spread_skill(ensemble, truth, axis, area=None):
 
 
 def spread_ratio(ensemble, truth, area=None):
-    """Spread over error of all conditions together, and its 95 % interval by a bootstrap if there are five
-    of them."""
+    """[spread over error of all conditions together, low, high]: its 95 % interval, if there are five."""
     some = np.isfinite(truth).any((1, 2, 3))
     spread, error = (v[some] ** 2 for v in spread_skill(ensemble, truth, (1, 2, 3), area))  # (N,)
-    draw, blocks = bootstrap(spread, error, lambda v: {"sum": v.sum()}, paired=True)
-    rng = np.random.default_rng(0)
-    draws = [draw(), *(draw(rng) for _ in range(1000 if blocks >= FEWEST_BLOCKS else 0))]
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = [np.sqrt(s["sum"] / e["sum"]) for s, e in draws]
-        return [ratios[0], *(np.quantile(ratios[1:], (0.025, 0.975)) if ratios[1:] else ())]
+        draws = bootstrap(spread, error, lambda v: {"sum": v.sum()}, paired=True)
+        ratio, *others = [np.sqrt(s["sum"] / e["sum"]) for s, e in draws]
+        return [ratio, *(np.quantile(others, (0.025, 0.975)) if others else ())]
 
 
 def rank_histogram(ensemble, truth, seed=0):
@@ -931,13 +795,12 @@ def rank_histogram(ensemble, truth, seed=0):
 
 
 def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asarray, area=None):
-    """Scores per frame of one variable, a dict of plain values. ensemble (M, N, T, H, W), truth (N, T, H, W)
-    with NaN.
+    """Scores per frame of one variable, a dict of plain values. (M, N, T, H, W), (N, T, H, W) with NaN.
 
     references: {name: (M', N, T, H, W) or broadcastable} to compare with; lead (T,) hours; least: values up
-    to it count as equal in the ranks (dry is dry: no rank for 0.001 mm/h above 0); g: the transform in which
-    spread and error are compared once more, where a few extremes do not make up most of the squared error;
-    area (H,): weights of rows, of all but the ranks. Frames without any truth are left out.
+    to it are equal in the ranks (dry is dry); g: the transform in which spread and error are compared once
+    more, where a few extremes do not make up most of the squared error; area (H,): weights of rows, of all
+    but the ranks. Frames without any truth are left out.
     """
     frames, over = np.isfinite(truth).any((0, 2, 3)), (0, 2, 3)
     ensemble, truth, lead = ensemble[:, :, frames], truth[:, frames], np.asarray(lead)[frames]
@@ -946,7 +809,6 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
     for name, r in references.items():
         r = np.broadcast_to(r, (len(r), len(truth), len(frames), *truth.shape[2:]))[:, :, frames]
         out[f"crps_{name}"] = area_mean(crps(r, truth), over, area)
-    out["energy_score"] = area_mean(energy_score(ensemble, truth, area), 0)
     if len(ensemble) > 1:
         out["spread"], out["rmse"] = spread_skill(ensemble, truth, over, area)
         out["spread_skill"] = spread_ratio(ensemble, truth, area)
@@ -957,12 +819,11 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
 
 def drift(x, y, joins, frames, floor=None, dry=0.01, area=None):
     """Do long sequences (N, L, H, W) stay what they were? {statistic: [in the first `frames`, in the last,
-    ratio, low, high]}
+    ratio, low, high]}, the 95 % interval by a bootstrap over sequences if there are five.
 
     x physical, y transformed (of rain itself a few storms decide the variance). joins: frames at which a
-    window began to be new; the correlation with the frame before is compared with that elsewhere. low, high:
-    95 % interval by a bootstrap over sequences, if there are five. area (H,): weights of rows, not of
-    spectra.
+    window began to be new; the correlation with the frame before is compared with that elsewhere. area (H,):
+    weights of rows, not of spectra.
     """
 
     def mean(a):
@@ -980,24 +841,17 @@ def drift(x, y, joins, frames, floor=None, dry=0.01, area=None):
     for name, a in fields.items():
         a = np.where(np.isnan(x), np.nan, a)
         pairs[name] = mean(a[:, :frames]), mean(a[:, -frames:])
-    ends = np.nan_to_num(y[:, :frames]), np.nan_to_num(y[:, -frames:])
-    power = np.array([[spatial_spectrum(clip[None])[1] for clip in end] for end in ends])  # (2, N, K)
-    K = power.shape[2]
-    for some in np.split(np.arange(K), (K // 3, 2 * K // 3)):
-        if len(some):
-            label = f"spatial power, transformed, wavenumbers {some[0] + 1} to {some[-1] + 1}"
-            pairs[label] = power[:, :, some].mean(2)
+    within = area_mean((y - area_mean(y, (2, 3))[..., None, None]) ** 2, (2, 3))  # (N, L)
+    pairs["variance within a frame, transformed"] = within[:, :frames].mean(1), within[:, -frames:].mean(1)
     products, at = y[:, 1:] * y[:, :-1] / (np.nanvar(y) or np.nan), np.isin(np.arange(1, x.shape[1]), joins)
     label = "lag-1 autocorrelation, transformed, inside and across joins"
     pairs[label] = mean(products[:, ~at]), mean(products[:, at])
-    drawn = np.random.default_rng(0).multinomial(
-        len(x) - 1, np.full(len(x), 1 / len(x)), 1000
-    )  # as in `bootstrap`
-    out = {}
+    N, out = len(x), {}
+    drawn = np.random.default_rng(0).multinomial(N - 1, np.full(N, 1 / N), 1000)  # as in `bootstrap`
     with np.errstate(invalid="ignore", divide="ignore"):
         for name, (a, b) in pairs.items():
             out[name] = [a.mean(), b.mean(), b.mean() / a.mean()]
-            if len(x) >= FEWEST_BLOCKS:
+            if N >= FEWEST_BLOCKS:
                 out[name] += np.quantile((drawn @ b) / (drawn @ a), (0.025, 0.975)).tolist()
     return plain(out)
 
@@ -1007,7 +861,7 @@ def drift(x, y, joins, frames, floor=None, dry=0.01, area=None):
 
 
 def number(value, sign=""):
-    """A value with four decimals, or with four significant digits where it is small."""
+    """A value with four decimals, or with four significant digits where it is small or large."""
     if value is None:
         return "-"
     digits = ".4g" if 0 < abs(value) < 0.1 else ".4f" if abs(value) < 1e4 else ".7g"
@@ -1017,42 +871,29 @@ def number(value, sign=""):
 def shown(value, unit, sign="+"):
     """An error in its unit: fractions as per cent or percentage points."""
     formats = {"%": "{:S.1%}", "pt": "{:S.2f} pt", "dB": "{:S.2f} dB", "std": "{:S.3f} std", "": "{:S.4f}"}
-    if value is None or unit not in formats:
-        return number(value, sign)
+    if value is None:
+        return "-"
     return formats[unit].replace("S", sign).format(100 * value if unit == "pt" else value)
 
 
 def print_rows(heading, rows, note=""):
     """Rows of `compare` or of `cross_correlations`, under a heading, and a sentence on them."""
     columns = ("samples", "held-out", "exact law")[: max(len(row["values"]) for row in rows.values())]
-    print(
-        f"\n{heading:<32}"
-        + "".join(f"{c:>12}" for c in columns)
-        + f"{'error':>12}   95 % interval of the error"
-    )
+    columns = "".join(f"{c:>12}" for c in columns)
+    print(f"\n{heading:<32}{columns}{'error':>12}   95 % interval of the error")
     for label, row in rows.items():
         sign = "+" if row["values"] else ""  # a distance has none
-        values = "".join(f"{number(v):>12}" for v in row["values"])
-        low, high = (shown(v, row["unit"], sign) for v in row["interval"] or (None, None))
-        interval = f"{low} .. {high}" if sign else f"up to {high} by chance"
-        interval = interval if row["interval"] else ""
-        within = "within sampling error" if row["within_sampling_error"] else ""
+        values = "".join(f" {number(v):>11}" for v in row["values"])
+        interval, within = "", "within sampling error" if row["within_sampling_error"] else ""
+        if row["interval"]:
+            low, high = (shown(v, row["unit"], sign) for v in row["interval"])
+            interval = f"{low} .. {high}" if sign else f"up to {high} by chance"
         error = shown(row["error"], row["unit"], sign)
-        print(f"  {label:<30}{values:<{12 * len(columns)}}{error:>12}   {interval:<29}{within}".rstrip())
+        print(f"  {label:<30}{values:<{len(columns)}} {error:>11}   {interval:<29}{within}".rstrip())
     if not note and not any(row["interval"] for row in rows.values()):
         note = "Too few independent clips for intervals."
     if note:
         print(f"  {note}")
-
-
-def print_table(variable, result):
-    """The verification table of one variable, `result` of `compare`."""
-    print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
-
-
-def print_correlations(rows):
-    """What `cross_correlations` found."""
-    print_rows("correlation of variables", rows)
 
 
 def print_ensemble(variable, scores):
@@ -1060,18 +901,17 @@ def print_ensemble(variable, scores):
     units, members = variable.units or "1", scores["members"]
     print(f"\n{variable.name} [{units}]: {members} members, {scores['conditions']} conditions")
     columns = {"crps": "CRPS"} | {k: f"CRPS of {k[5:]}" for k in scores if k.startswith("crps_")}
-    columns["energy_score"] = "energy score"
-    if "spread" in scores:
+    if members > 1:
         columns |= {"spread": "spread", "rmse": "RMSE of mean"}
         for label, key in ((f"in {units}", "spread_skill"), ("transformed", "spread_skill_transformed")):
             ratio, *ends = (number(v) for v in scores[key])
             interval = f", 95 % interval {ends[0]} .. {ends[1]}" if ends else ""
             print(f"  spread / error, {label:<14}{ratio}{interval}")
-    print(f"  {'lead, h':>8}" + "".join(f"{name:>{len(name) + 4}}" for name in columns.values()))
+    widths = {k: max(12, len(name) + 4) for k, name in columns.items()}
+    print(f"  {'lead, h':>8}" + "".join(f"{columns[k]:>{n}}" for k, n in widths.items()))
     for i, lead in enumerate(scores["lead_hours"]):
-        values = "".join(f"{number(scores[k][i]):>{len(name) + 4}}" for k, name in columns.items())
-        print(f"  {lead:>8.4g}{values}")
-    if "spread" in scores:
+        print(f"  {lead:>8.4g}" + "".join(f" {number(scores[k][i]):>{n - 1}}" for k, n in widths.items()))
+    if members > 1:
         ranks = " ".join(f"{v * (members + 1):.2f}" for v in scores["rank_histogram"])
         print(f"  share of each rank, times members + 1 (1.00 if calibrated): {ranks}")
 
@@ -1079,10 +919,10 @@ def print_ensemble(variable, scores):
 def print_drift(drift, frames):
     """What `drift` found between the first and the last frames of long sequences."""
     heading = f"from the first {frames} frames to the last"
-    print(f"  {heading:<64}{'first':>11}{'last':>11}{'ratio':>11}  95 % interval")
+    print(f"  {heading:<62}{'first':>11}{'last':>11}{'ratio':>11}  95 % interval")
     for label, values in drift.items():
         first, last, ratio, *ends = (number(v) for v in values)
-        print(f"  {label:<64}{first:>11}{last:>11}{ratio:>11}  {' .. '.join(ends)}".rstrip())
+        print(f"  {label:<62} {first:>10} {last:>10} {ratio:>10}  {' .. '.join(ends)}".rstrip())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1104,8 +944,8 @@ def save(path, image, **options):
 
 
 def scale_of(x, floor):
-    """(low, high, palette, gamma) of a variable: from a floor of 0 up (rain), else around the mean. gamma <
-    1 spreads the low values."""
+    """(low, high, palette, gamma): from a floor of 0 up (rain), else around the mean. gamma < 1 spreads the
+    low values."""
     x = x[np.isfinite(x)] if np.isfinite(x).any() else np.zeros(1)
     if floor == 0:
         return 0.0, float(np.quantile(x, 0.999)) or 1.0, RAIN, 0.5
@@ -1137,24 +977,13 @@ def colour_bar(image, x, y, height, scale, label):
 
 
 def unit_of_time(layout):
-    """(name, sign, hours) of the unit in which pictures tell time: the largest that a step of the data
-    fills."""
-    for unit in (("days", "d", 24.0), ("hours", "h", 1.0)):
-        if layout.step_hours >= unit[2]:
-            return unit
-    return "minutes", "min", 1 / 60
-
-
-def spectra_axes(layout):
-    """(curve, what its frequencies, cycles per cell or step, are divided by, label) of the two spectra."""
-    unit, _, hours = unit_of_time(layout)
-    per_time = ("temporal_power", layout.step_hours / hours, f"cycles per {unit[:-1]}")
-    return ("spatial_power", 1, "cycles per cell"), per_time
+    """(name, sign, hours) of the unit in which pictures tell time: the largest that a step of the data fills."""
+    units = ("day", "d", 24.0), ("hour", "h", 1.0), ("minute", "min", 1 / 60)
+    return next((u for u in units if layout.step_hours >= u[2]), units[-1])
 
 
 def contact_sheet(path, rows, variable, layout, lead_hours):
-    """Clips as rows of at most 12 frames, in one colour scale, those known framed; lead_hours (T,) above
-    them.
+    """Clips as rows of at most 12 frames, those known framed, in one colour scale; lead_hours (T,) above.
 
     rows: (label, field (T, H, W) with NaN, known (T,) bool) each.
     """
@@ -1184,8 +1013,7 @@ def contact_sheet(path, rows, variable, layout, lead_hours):
 
 
 def animation(path, rows, variable, layout):
-    """A looping GIF of the same rows: beside each other, or a square of clips where all have the same kind
-    of label."""
+    """A looping GIF of the same rows, beside each other or, where all have one kind of label, in a square."""
     square = len({label.split()[0] for label, *_ in rows}) == 1
     side = math.isqrt(len(rows)) if square else len(rows)
     x = np.stack([layout.north_up(x) for _, x, _ in rows[: side * side]])  # (N, T, H, W)
@@ -1200,9 +1028,10 @@ def animation(path, rows, variable, layout):
 
 
 def axis(values, log, start, stop):
-    """(function from values to pixels, about six round values to mark) of an axis from pixel `start` to
-    `stop`."""
+    """(function from values to pixels, about six round values to mark) of an axis between two pixels."""
+    values = np.asarray(values, float)
     u = np.log10(values) if log else values
+    u = u[np.isfinite(u)] if np.isfinite(u).any() else np.zeros(1)
     margin = 0.06 * np.ptp(u) or abs(u[0]) * 0.1 or 1.0
     low, high = u.min() - margin, u.max() + margin
 
@@ -1210,9 +1039,8 @@ def axis(values, log, start, stop):
         u = np.log10(np.maximum(v, 1e-300)) if log else np.asarray(v)
         return start + (np.clip(u, low, high) - low) / (high - low) * (stop - start)
 
-    if log and high - low < 3:
-        digits = (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 7)
-        marks = np.outer(10.0 ** np.arange(math.floor(low), math.ceil(high)), digits).ravel()
+    if log and high - low < 3:  # less than three decades
+        marks = np.outer(10.0 ** np.arange(math.floor(low), math.ceil(high)), (1, 2, 5)).ravel()
         return at, [v for v in marks if low <= math.log10(v) <= high]
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
@@ -1222,10 +1050,10 @@ def axis(values, log, start, stop):
 
 
 class Page:
-    """A picture of panels, three in a row, under a heading; panels are added one after the other."""
+    """A picture of two rows of three panels under a heading; panels are added one after the other."""
 
-    def __init__(self, rows, heading):
-        self.image = Image.new("RGB", (1200, 45 + 335 * rows), WHITE)
+    def __init__(self, heading):
+        self.image = Image.new("RGB", (1200, 715), WHITE)
         self.draw, self.panels = ImageDraw.Draw(self.image), 0
         write(self.draw, (12, 8), heading, 14)
 
@@ -1246,33 +1074,49 @@ class Page:
             x, y = np.asarray(x, float), np.asarray(y, float)
             keep = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not logx)) & ((y > 0) | (not logy))
             clean.append((label, x[keep], y[keep], colour, points))
-        if any(len(x) for _, x, *_ in clean):
-            across, xmarks = axis(np.concatenate([line[1] for line in clean]), logx, left, right)
-            up, ymarks = axis(np.concatenate([line[2] for line in clean]), logy, bottom, top)
-            for v in xmarks:
-                self.draw.line((across(v), top, across(v), bottom), fill=GREY)
-                write(self.draw, (across(v), bottom + 4), f"{v:.3g}", 11, "ma")
-            for v in ymarks:
-                self.draw.line((left, up(v), right, up(v)), fill=GREY)
-                write(self.draw, (left - 5, up(v)), f"{v:.3g}", 11, "rm")
-            if band is not None:
-                x, low, high = (np.asarray(v, float) for v in band)
-                keep = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
-                x, low, high = across(x[keep]), up(low[keep]), up(high[keep])
-                if len(x) > 1:
-                    self.draw.polygon([*zip(x, low), *zip(x[::-1], high[::-1])], fill=BAND)
-            for label, x, y, colour, points in clean:
-                pixels = list(zip(across(x), up(y)))
-                for a, b in pixels if points else ():
-                    self.draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
-                if not points and len(pixels) > 1:
-                    self.draw.line(pixels, fill=colour, width=2)
-        first = clean[0][2]
-        rises = len(first) and first[-1] > first[0]  # labels go to the corner that is free
-        for n, (label, *_, colour, _) in enumerate(clean):
+        across, xmarks = axis(np.concatenate([line[1] for line in clean] or [0]), logx, left, right)
+        up, ymarks = axis(np.concatenate([line[2] for line in clean] or [0]), logy, bottom, top)
+        for v in xmarks:
+            self.draw.line((across(v), top, across(v), bottom), fill=GREY)
+            write(self.draw, (across(v), bottom + 4), f"{v:.3g}", 11, "ma")
+        for v in ymarks:
+            self.draw.line((left, up(v), right, up(v)), fill=GREY)
+            write(self.draw, (left - 5, up(v)), f"{v:.3g}", 11, "rm")
+        if band is not None:
+            x, low, high = (np.asarray(v, float) for v in band)
+            keep = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
+            x, low, high = across(x[keep]), up(low[keep]), up(high[keep])
+            if len(x) > 1:
+                self.draw.polygon([*zip(x, low), *zip(x[::-1], high[::-1])], fill=BAND)
+        rises = len(clean[0][2]) and clean[0][2][-1] > clean[0][2][0]  # labels go to the corner that is free
+        for n, (label, x, y, colour, points) in enumerate(clean):
+            pixels = list(zip(across(x), up(y)))
+            for a, b in pixels if points else ():
+                self.draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
+            if not points and len(pixels) > 1:
+                self.draw.line(pixels, fill=colour, width=2)
             xy = (left + 8 if rises else right - 8, top + 8 + 16 * n)
             write(self.draw, xy, label, 12, "la" if rises else "ra", colour)
         self.draw.rectangle((left, top, right, bottom), outline=INK)
+
+    def curve(self, title, xlabel, x, curve, logx=False, logy=False):
+        """A curve of `compare`: samples, held-out clips, the exact law and the band of perfect samples."""
+        lines = [("held-out", x, curve["held_out"], TRUTH, False)]
+        if "exact" in curve:
+            lines.append(("exact law", x, curve["exact"], LAW, False))
+        lines.append(("samples", x, curve["samples"], DRAWN, len(x) < 60))
+        self.plot(title, xlabel, lines, logx, logy, (x, *curve["band"]) if "band" in curve else None)
+
+    def quantiles_and_spectra(self, curves, variable, layout):
+        """Three panels that both pages have."""
+        units, (unit, _, hours) = variable.units or "1", unit_of_time(layout)
+        q = curves["quantiles"]
+        self.curve(f"quantiles, {units}", f"held-out, {units}", q["held_out"], q)
+        k = np.array(curves["spatial_power"]["frequency"])
+        self.curve(f"spatial power, ({units})^2", "cycles per cell", k, curves["spatial_power"], True, True)
+        k = np.array(curves["temporal_power"]["frequency"]) * hours / layout.step_hours
+        label = f"cycles per {unit}"
+        self.curve(f"temporal power, ({units})^2", label, k, curves["temporal_power"], True, True)
 
     def map(self, title, x, scale, label):
         """A field (H, W) with its colour bar."""
@@ -1286,53 +1130,31 @@ class Page:
 
 
 def verification_picture(path, result, variable, layout):
-    """The curves and maps of `compare`: histogram, quantiles, maxima, spectra, autocorrelation, mean and
-    bias."""
-    curves, units, rain = result["curves"], variable.units or "1", variable.floor == 0
-    law = "exact" in curves["quantiles"]
+    """Quantiles, spectra, maxima, autocorrelation and the bias of the mean, from `compare`."""
+    curves, units = result["curves"], variable.units or "1"
     heading = f"{variable.long_name or variable.name}: {result['samples']} samples (red) against "
-    heading += (
-        f"{result['held_out_clips']} held-out clips (black){' and the exact law (blue)' if law else ''}"
-    )
-    page = Page(3, heading + "; grey: where 95 % of perfect sample sets lie")
-
-    def panel(title, xlabel, x, curve, logx=False, logy=False):
-        lines = [("held-out", x, curve["held_out"], TRUTH, False)]
-        if "exact" in curve:
-            lines.append(("exact law", x, curve["exact"], LAW, False))
-        lines.append(("samples", x, curve["samples"], DRAWN, len(x) < 60))
-        page.plot(title, xlabel, lines, logx, logy, (x, *curve["band"]) if "band" in curve else None)
-
-    edges, q = np.array(curves["histogram"]["edges"]), curves["quantiles"]
-    panel("share of the cells, per bin", units, (edges[1:] + edges[:-1]) / 2, curves["histogram"], logy=True)
-    reference = "exact law" if law else "held-out"
-    panel(f"quantiles, {units}, 0 to 0.999998", f"{reference}, {units}", q["exact" if law else "held_out"], q)
-    panel(f"maximum of a clip, {units}", "return period, clips", RETURNS, curves["returns"], logx=True)
-    for k, step, label in spectra_axes(layout):
-        frequency = np.array(curves[k]["frequency"]) / step
-        panel(f"{POWERS[k]}, ({units})^2", label, frequency, curves[k], True, True)
+    heading += f"{result['held_out_clips']} held-out clips (black)"
+    heading += " and the exact law (blue)" * ("exact" in curves["quantiles"])
+    page = Page(heading + "; grey: where 95 % of perfect sample sets lie")
+    page.quantiles_and_spectra(curves, variable, layout)
+    page.curve(f"maximum of a clip, {units}", "return period, clips", RETURNS, curves["returns"], logx=True)
     unit, _, hours = unit_of_time(layout)
     lags = np.arange(len(curves["autocorrelation"]["samples"])) * layout.step_hours / hours
-    panel("autocorrelation", f"lag, {unit}", lags, curves["autocorrelation"])
-    fields = (result["mean_map"]["samples"], result["mean_map"]["reference"], result["bias_map"])
-    ours, theirs, bias = (layout.north_up(np.array(a, dtype=float)) for a in fields)
-    scale = scale_of(np.stack([ours, theirs]), variable.floor)
-    scale = (0.0, np.nanmax([ours, theirs]) or 1.0, RAIN, 1.0) if rain else scale
-    page.map("mean of the samples", ours, scale, units)
-    page.map("mean by the exact law" if law else "mean of the held-out clips", theirs, scale, units)
+    page.curve("autocorrelation", f"lag, {unit}s", lags, curves["autocorrelation"])
+    bias = layout.north_up(np.array(result["bias_map"], dtype=float))
     reach = float(np.nanquantile(np.abs(bias), 0.99)) if np.isfinite(bias).any() else 1.0
-    title = "bias of the mean / mean" if rain else "bias of the mean / standard deviation"
-    page.map(title, bias, (-(reach or 1.0), reach or 1.0, DIVERGING, 1.0), "fraction" if rain else "std")
+    what, label = ("mean", "fraction") if variable.floor == 0 else ("standard deviation", "std")
+    page.map(f"bias of the mean / {what}", bias, (-(reach or 1.0), reach or 1.0, DIVERGING, 1.0), label)
     save(path, page.image)
 
 
 def ensemble_picture(path, scores, curves, variable, layout):
-    """Scores by frame and ranks of `verify_ensemble`; quantiles and spectra of the generated part by
-    `compare`."""
+    """Scores by frame and ranks of `verify_ensemble`; quantiles and spectra of what was drawn by `compare`."""
     (unit, _, hours), one, units = unit_of_time(layout), len(scores["lead_hours"]) == 1, variable.units or "1"
-    lead, when, members = np.divide(scores["lead_hours"], hours), f"lead time, {unit}", scores["members"]
+    lead, when, members = np.divide(scores["lead_hours"], hours), f"lead time, {unit}s", scores["members"]
     heading = f"{variable.long_name or variable.name}: {members} members, {scores['conditions']} conditions"
-    page = Page(2, heading + "; what was generated (red) and what then came (black)")
+    page = Page(heading + "; what was generated (red) and what then came (black)")
+    page.quantiles_and_spectra(curves, variable, layout)
     others = [k for k in scores if k.startswith("crps_")]
     lines = [(k[5:], lead, scores[k], colour, one) for k, colour in zip(others, (LAW, TRUTH))]
     page.plot(f"CRPS, {units}", when, [("ensemble", lead, scores["crps"], DRAWN, one), *lines])
@@ -1344,16 +1166,6 @@ def ensemble_picture(path, scores, curves, variable, layout):
         lines = [("calibrated", rank, np.ones(members + 1), TRUTH, False), ("", rank, share, DRAWN, True)]
         lines.append(("", (0, 0), (0, 2), GREY, False))  # an axis from 0 to 2 at least
         page.plot("share of each rank, times members + 1", "rank of the truth", lines)
-    page.panels = 3  # the second row
-
-    def compared(title, xlabel, x, curve, log):
-        truth = ("truth", x, curve["held_out"], TRUTH, False)
-        page.plot(title, xlabel, [truth, ("generated", x, curve["samples"], DRAWN, True)], log, log)
-
-    q = curves["quantiles"]
-    compared(f"quantiles, {units}", f"truth, {units}", q["held_out"], q, False)
-    for k, step, label in spectra_axes(layout):
-        compared(f"{POWERS[k]}, ({units})^2", label, np.array(curves[k]["frequency"]) / step, curves[k], True)
     save(path, page.image)
 
 
@@ -1362,9 +1174,7 @@ def ensemble_picture(path, scores, curves, variable, layout):
 
 
 def picture_rows(x, problem, codec, members, channel, count=6):
-    """What the pictures show: (label, fields (T, H, W), known (T,)) per row: what is given, the truth, and
-    draws.
-    """
+    """What the pictures show: (label, fields (T, H, W), known (T,)) of what is given, the truth, and draws."""
     known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)  # (R, T)
     if not problem.mask.any():
         return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(count, len(x)))]
@@ -1414,70 +1224,65 @@ def held_out_clips(model, record, frames):
     return data.read_clips(record, data.thin(starts, min(4000, max(20, 2**28 // values))), frames)
 
 
+def picture_name(i, variable):
+    return f"verify{f'_{variable.name}' if i else ''}.png"
+
+
 def verify_law(c, model, problem, x, folder):
-    """Compare clips with the law of held-out ones (of edits: with those they were made of); long sequences in
-    pieces.
-    """
-    s, layout, report = model.settings, model.layout, {}
+    """Compare clips with the law of held-out ones (edits: of those they were made of), long ones in pieces."""
+    s, area, report = model.settings, model.layout.area(), {}
     record = model.open_record()
     T, L = s.frames, x.shape[2]
-    n, paired = min(T, L), c.task == "edit"
+    n, paired, groups = min(T, L), c.task == "edit", len(problem.y)
     truth = problem.truth if paired else held_out_clips(model, record, n)
     pieces = np.stack([x[:, :, t : t + n] for t in range(0, L - n + 1, n)], 1)
     pieces = pieces.reshape(-1, x.shape[1], n, *x.shape[3:])
-    groups = len(problem.y)
     for i, variable in enumerate(model.codec.variables):
         dry, law = c.dry or variable.dry, None
         if s.dataset == "climate" and not paired:
             law = data.rain_law(s.size, n, LEVELS, dry)
-        samples, held_out = pieces[:, i], truth[:, i]
-        result = compare(
-            samples, held_out, variable.floor, dry, layout.area(), law, variable.units, groups, paired
-        )
+        result = compare(pieces[:, i], truth[:, i], variable.floor, dry, area, law, groups, paired)
         report[variable.name] = result
-        print_table(variable, result)
-        verification_picture(folder / picture_name(i, variable), result, variable, layout)
+        print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
+        verification_picture(folder / picture_name(i, variable), result, variable, model.layout)
         if L >= 2 * T and len(problem.windows) > 1:
             drawn_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)
             joins, part = 1 + np.flatnonzero(np.diff(drawn_by)), max(T, L // 8)
             y = variable.encode(x[:, i])
-            result["drift"] = drift(x[:, i], y, joins, part, variable.floor, dry, layout.area())
+            result["drift"] = drift(x[:, i], y, joins, part, variable.floor, dry, area)
             print_drift(result["drift"], part)
-    if len(model.codec.variables) > 1:
-        report["correlation"] = cross_correlations(pieces, truth, layout.names, layout.area(), groups, paired)
-        print_correlations(report["correlation"])
+    if len(report) > 1:
+        rows = cross_correlations(pieces, truth, model.layout.names, area, groups, paired)
+        report["correlation"] = rows
+        print_rows("correlation of variables", rows)
     return report
 
 
 def verify_truth(c, model, problem, x, unseen, folder):
     """Compare ensembles with what then came, and with persistence and climatology."""
-    layout, report = model.layout, {}
+    area, report, groups = model.layout.area(), {}, len(problem.y)
     record, given = model.open_record(), problem.given(model.codec)
-    generated = np.isfinite(unseen).any((0, 1, 3, 4))  # frames
+    drawn = np.isfinite(unseen).any((0, 1, 3, 4))  # frames
     train_starts = data.split_windows(record, model.settings.frames)[0]
     climatology = data.read_clips(record, data.thin(train_starts, 50), 1)  # (50, C, 1, H, W)
-    lead = (np.arange(x.shape[2]) - problem.reference) * layout.step_hours
+    lead = (np.arange(x.shape[2]) - problem.reference) * model.layout.step_hours
     ensemble = x.reshape(-1, c.members, *x.shape[1:]).swapaxes(0, 1)  # (M, R, C, L, H, W)
     for i, variable in enumerate(model.codec.variables):
-        dry = c.dry or variable.dry
-        samples, truth = x[:, i, generated], problem.truth[:, i, generated]
-        groups, least = len(problem.y), -math.inf if variable.floor is None else variable.floor + dry
-        area, units = layout.area(), variable.units
-        result = compare(samples, truth, variable.floor, dry, area, None, units, groups, paired=True)
+        floor, dry = variable.floor, c.dry or variable.dry
+        truth = problem.truth[:, i, drawn]
+        result = compare(x[:, i, drawn], truth, floor, dry, area, None, groups, paired=True)
         report[variable.name] = result
-        print_table(variable, result)
-        compared = references(problem, given, i, climatology)
-        scores = verify_ensemble(
-            ensemble[:, :, i], unseen[:, i], compared, lead, least, variable.encode, layout.area()
+        print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
+        compared, least = (
+            references(problem, given, i, climatology),
+            -math.inf if floor is None else floor + dry,
         )
+        members = ensemble[:, :, i]
+        scores = verify_ensemble(members, unseen[:, i], compared, lead, least, variable.encode, area)
         result["ensemble"] = scores
         print_ensemble(variable, scores)
-        ensemble_picture(folder / picture_name(i, variable), scores, result["curves"], variable, layout)
+        ensemble_picture(folder / picture_name(i, variable), scores, result["curves"], variable, model.layout)
     return report
-
-
-def picture_name(i, variable):
-    return f"verify{f'_{variable.name}' if i else ''}.png"
 
 
 def load_model(c):
@@ -1489,23 +1294,17 @@ def load_model(c):
     model.denoiser.network.checkpoint_activations = c.checkpoint_activations
     if compiled:
         model.denoiser.network.compile_blocks()
-    return model, checkpoint["digest"], checkpoint["step"]
-
-
-def check_model(c, model):
-    """Refuse what a checkpoint cannot do."""
     dataset = model.settings.dataset
     builtin = dataset in ("climate", "gaussian")
     require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
     told = c.guidance_scale == 1 or model.conditions.channels
     require(told, "--guidance_scale needs a checkpoint of train.py with --condition")
+    return model, checkpoint["digest"], checkpoint["step"]
 
 
-def gather(c, sampler, folder, digest, rank, world):
+def draw_all(c, sampler, folder, digest, rank, world):
     """Draw what is missing, ranks of torchrun share it; rank 0 gets (clips on disk, folder of the parts),
-    others None.
-
-    Every finished sample is a part on disk: an interrupted run goes on where it stopped.
+    others None. Every finished sample is a part on disk: an interrupted run goes on where it stopped.
     """
     parts = folder / f"parts-{fingerprint(c, digest)}"
     parts.mkdir(exist_ok=True)
@@ -1534,20 +1333,17 @@ def main(argv=None):
     c.out_dir, c.input = (str(Path(p).expanduser()) if p else p for p in (c.out_dir, c.input))
     rank, world = train.start_ranks(c)
     model, digest, step = load_model(c)
-    check_model(c, model)
-    law = BoxLaw.of(model.settings.frames, model.settings.size) if c.exact else None
-    emerging = model.sampling_levels
-    if law:
-        first, last = law.emergence(margin=5.0)
-        emerging = diffusion.Levels("logsnr", first, last)
+    law, emerging = None, model.sampling_levels
+    if c.exact:
+        law = BoxLaw.of(model.settings.frames, model.settings.size)
+        emerging = diffusion.Levels("logsnr", *law.emergence(margin=5.0))
         law = law.map(lambda a: a.to(model.denoiser.gaussian.mean.device))
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
-    window = len(problem.windows[0][0])
     single = c.obs_std == 0 or len(problem.windows) == 1
-    require(single, f"--obs_std belongs to a single window of {window} frames: use a shorter --length")
+    require(single, "--obs_std belongs to a single window of frames: use a shorter --length")
     folder = Path(c.out_dir) / "samples"
-    with train.locked(folder) if rank == 0 else train.nullcontext():
-        x, parts = gather(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
+    with train.locked(folder) if rank == 0 else nullcontext():
+        x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
         if rank > 0:
             return
         for name in ("verify.json", "verify.png"):  # of an earlier run

@@ -2530,7 +2530,7 @@ def test_white_noise_has_power_one_at_every_scale():
 def kelvins():
     x = autoregressive((400, 6, 4, 5))
     a, b = 280 + x[:200], 281 + x[200:]
-    return a, b, sample.compare(a, b, units="K")
+    return a, b, sample.compare(a, b)
 
 
 def test_autocorrelation_is_that_of_the_process(kelvins):
@@ -2574,7 +2574,7 @@ def test_one_row_adds_a_statistic(rain_pair, monkeypatch, capsys):
     row = ("variation", "%", lambda s: s["std"] / s["mean"])
     monkeypatch.setattr(sample, "STATISTICS", [*sample.STATISTICS, row])
     result = sample.compare(*rain_pair, 0.0, 0.1)
-    sample.print_table(RAIN_RATE, result)
+    sample.print_rows("rain", result["rows"], result["note"])
     a = rain_pair[0]
     assert result["rows"]["variation"]["values"][0] == pytest.approx(a.std() / a.mean())
     assert "  variation  " in capsys.readouterr().out
@@ -2681,7 +2681,7 @@ def test_intervals_cover_where_held_out_clips_remember(monkeypatch):
             double = sample.compare(2.0 * a, b, 0.0)["rows"]
             found.append(not double["mean"]["within_sampling_error"])
             beyond.append(double["mean |bias| beyond sampling"]["error"])
-    assert np.mean(inside) >= 0.8 and (np.mean(inside, 0) >= 0.7).all(), np.mean(inside, 0)
+    assert np.mean(inside) >= 0.75 and (np.mean(inside, 0) >= 0.7).all(), np.mean(inside, 0)
     assert all(found) and np.median(beyond) == pytest.approx(1.0, abs=0.15)
     assert np.divide(*np.mean(chance, 0)) < 0.75
     assert np.mean(narrower) < 0.5  # against the law the held-out clips' error is no part of it
@@ -2690,7 +2690,7 @@ def test_intervals_cover_where_held_out_clips_remember(monkeypatch):
 def test_one_clip_says_nothing_of_its_error(rain_pair, capsys):
     result = sample.compare(rain_pair[0][:1], rain_pair[1][:1], 0.0)
     assert result["rows"]["mean"]["interval"] is None and "band" not in result["curves"]["quantiles"]
-    sample.print_table(RAIN_RATE, result)
+    sample.print_rows("rain", result["rows"], result["note"])
     assert "Too few independent clips" in capsys.readouterr().out
 
 
@@ -2754,7 +2754,7 @@ def test_all_dry_held_out_clips_are_said_in_one_sentence(dust, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = sample.compare(a, b + np.float32(dust), 0.0, 0.01)
-        sample.print_table(RAIN_RATE, result)
+        sample.print_rows("rain", result["rows"], result["note"])
     out = capsys.readouterr().out
     assert out.count("all dry") == 1 and "%" not in out.replace("95 %", "")
     assert result["rows"]["standard deviation"]["error"] is None
@@ -2797,8 +2797,8 @@ def test_columns_never_touch(capsys):
     sample.print_ensemble(RAIN_RATE, scores)
     sample.print_drift({"a": [1.0, 1e9, 1e-7, -1e9, 1e9]}, 4)
     lines = capsys.readouterr().out.splitlines()
-    assert [len(line.split()) for line in lines[-4:]] == [5, 5, 12, 7]
-    assert float(lines[-4].split()[0]) == 3 and lines[-1].split()[:4] == ["a", "1.0000", "1e+09", "1e-07"]
+    assert [len(line.split()) for line in lines[-5:]] == [5, 5, 15, 14, 7]
+    assert float(lines[-5].split()[0]) == 3 and lines[-1].split()[:4] == ["a", "1.0000", "1e+09", "1e-07"]
 
 
 def test_the_table_explains_itself(wetter, capsys):
@@ -2965,9 +2965,9 @@ def test_drift_sees_fading(drifted, fading):
     first, _, ratio, *_ = drifted["variance, transformed"]
     assert first == pytest.approx(4 * np.mean((fading[:, :4] - fading.mean()) ** 2))
     assert ratio == pytest.approx(0.29, abs=0.05) and drifted["mean"][2] == pytest.approx(1, abs=0.02)
-    assert drifted["spatial power, transformed"][2] == pytest.approx(0.29, abs=0.06)
+    assert drifted["variance within a frame, transformed"][2] == pytest.approx(0.29, abs=0.06)
     power = 4 * np.mean((fading[:, :4] - fading[:, :4].mean((2, 3), keepdims=True)) ** 2)
-    assert drifted["spatial power, transformed"][0] == pytest.approx(power)
+    assert drifted["variance within a frame, transformed"][0] == pytest.approx(power)
 
 
 def test_drift_sees_seams(drifted):
@@ -2991,7 +2991,7 @@ def test_drift_weighs_by_area_and_leaves_land_out(drifted, fading):
     weighted = sample.drift(fading, fading, [10], 4, area=rows.astype(float))["mean"][:3]
     assert weighted == pytest.approx(sample.drift(repeated, repeated, [10], 4)["mean"][:3])
     land = np.where(np.arange(36).reshape(6, 6) == 0, np.nan, fading)
-    label = "spatial power, transformed"
+    label = "variance within a frame, transformed"
     land = sample.drift(land, 2 * land, [10, 20, 30], 4)
     assert land[label][2] == pytest.approx(drifted[label][2], rel=0.1)
 
@@ -3019,7 +3019,8 @@ def test_pictures_tell_time_in_a_unit_of_its_own():
 def test_an_axis_holds_its_values_and_marks_them(log):
     at, marks = sample.axis([1.0, 100.0, np.nan], log, 100, 200)
     assert 100 < at(1.0) < at(10.0) < at(100.0) < 200 and at(1.0) - 100 == pytest.approx(200 - at(100.0))
-    assert (at(10.0) == pytest.approx(150)) == log and np.allclose(np.diff(at(marks)), 100 / 6)
+    assert (at(10.0) == pytest.approx(150)) == log
+    assert len(marks) >= 3 and all(float(f"{v:.3g}") == v and 100 < at(v) < 200 for v in marks)
     assert np.isfinite(sample.axis([np.nan], log, 0, 1)[1]).all()
 
 
@@ -3078,7 +3079,7 @@ def test_ensemble_picture(members, gappy, tmp_path, capsys):
     sample.ensemble_picture(tmp_path / "e.png", scores, curves, WARM, stepping_layout())
     sample.print_ensemble(WARM, scores)
     assert ("RMSE" in capsys.readouterr().out) == (members > 1)
-    assert (pixels(tmp_path / "e.png")[80:325, 860:1170] == (214, 69, 47)).all(-1).any() == (members > 1)
+    assert (pixels(tmp_path / "e.png")[415:660, 860:1170] == (214, 69, 47)).all(-1).any() == (members > 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
