@@ -1,12 +1,10 @@
 """The networks, and the denoiser that joins one to the Gaussian law of the data.
 
-A compact space-time U-Net sees a noisy clip and its log-SNR, and knows nothing else about diffusion. Frames
-are folded into the batch, (B T) C H W in channels_last, so that every spatial convolution is a plain Conv2d;
-time is mixed in every block by a 3-tap convolution on a view of the same memory, (B, C, T, H W). Attention
-over space and over time acts at the lowest resolution. What a patch of cells has in common comes out of that;
-the last layer goes back to single cells, with the input of each and of its neighbours beside it: whether one
-is dry is seen there alone. Any number of frames, any grid. Written so that torch.compile(fullgraph=True)
-fuses the small functions.
+A compact space-time U-Net sees a noisy clip and its log-SNR, any number of frames on any grid. Frames are
+folded into the batch, (B T) C H W in channels_last, so that convolutions in space are plain; time is mixed in
+every block by 3 taps, and by attention at the lowest resolution. The last layer goes from patches back to
+single cells, with the input of each and of its neighbours beside it: whether one is dry is seen there alone.
+Written so that torch.compile(fullgraph=True) fuses the small functions.
 """
 
 import math
@@ -37,12 +35,10 @@ class Config:
 # blocks
 
 
-def clip_norm(h, norm, T):
-    """GroupNorm over the frames of a clip together: each by itself, none could be wetter than the next. h
-    (BT, C, H, W)
-    """
-    h = norm(rearrange(h, "(b t) c h w -> b c (t h) w", t=T))  # in channels_last a view
-    return rearrange(h, "b c (t h) w -> (b t) c h w", t=T)
+def by_clip(layer, h, T):
+    """A layer on the frames of a clip together, h (BT, C, H, W) as (B, C, T, H W), in channels_last a view."""
+    x = layer(rearrange(h, "(b t) c h w -> b c t (h w)", t=T))
+    return rearrange(x, "b c t (h w) -> (b t) c h w", h=h.shape[-2])
 
 
 def modulate(h, scale_shift):
@@ -61,15 +57,6 @@ def rotary(x):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def attend(q, k, v):
-    """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but for short bfloat16 sequences on a CPU: faster
-    unfused.
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 128:
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Conv(nn.Conv2d):
     """Convolution that keeps the size; zeros beyond the edges, or around the globe in x if wrap_x."""
 
@@ -81,33 +68,24 @@ class Conv(nn.Conv2d):
         return super().forward(h if self.around is None else F.pad(h, self.around, mode="circular"))
 
 
-class TimeConv(nn.Conv2d):
-    """h + a 3-tap convolution over neighbouring frames; a view in channels_last, no copy. h (BT, C, H, W)"""
-
-    def __init__(self, c):
-        super().__init__(c, c, (3, 1), padding=(1, 0))
-
-    def forward(self, h, T):
-        x = super().forward(rearrange(h, "(b t) c h w -> b c t (h w)", t=T))
-        return h + rearrange(x, "b c t (h w) -> (b t) c h w", h=h.shape[-2])
-
-
 class Block(nn.Module):
-    """Residual block: norm, 3x3 in space, 3 taps in time, norm modulated by the log-SNR, 3x3 in space (0 at
-    start).
+    """Residual: norm, 3x3 in space, 3 taps in time, norm modulated by the log-SNR, 3x3 in space (0 at start).
+
+    Norms are those of a clip: each frame by itself, none could be wetter than the next.
     """
 
     def __init__(self, c_in, c_out, wrap_x):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), Conv(c_in, c_out, wrap_x)
-        self.time = TimeConv(c_out)
+        self.time = nn.Conv2d(c_out, c_out, (3, 1), padding=(1, 0))
         self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), Conv(c_out, c_out, wrap_x)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         zero(self.conv2)
 
     def forward(self, x, scale_shift, T):
-        h = self.time(self.conv1(F.silu(clip_norm(x, self.norm1, T))), T)
-        return self.skip(x) + self.conv2(modulate(clip_norm(h, self.norm2, T), scale_shift))
+        h = self.conv1(F.silu(by_clip(self.norm1, x, T)))
+        h = h + by_clip(self.time, h, T)
+        return self.skip(x) + self.conv2(modulate(by_clip(self.norm2, h, T), scale_shift))
 
 
 class Attention(nn.Module):
@@ -121,18 +99,16 @@ class Attention(nn.Module):
 
     def forward(self, x, T):
         tokens = {"space": "(b t) (h w)", "time": "(b h w) t"}[self.axis]
-        qkv = self.qkv(rearrange(clip_norm(x, self.norm, T), f"(b t) c h w -> {tokens} c", t=T))
+        qkv = self.qkv(rearrange(by_clip(self.norm, x, T), f"(b t) c h w -> {tokens} c", t=T))
         q, k, v = rearrange(qkv, "n l (three heads d) -> three n heads l d", three=3, heads=self.heads)
         if self.axis == "time":
             q, k = rotary(q), rotary(k)
-        y = self.out(rearrange(attend(q, k, v), "n heads l d -> n l (heads d)"))
+        y = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n heads l d -> n l (heads d)"))
         return x + rearrange(y, f"{tokens} c -> (b t) c h w", t=T, h=x.shape[-2], w=x.shape[-1])
 
 
 class Cell(nn.Module):
-    """From what its patch says, its own input and that around it, 3x5x5, to the prediction for a cell; 0 at
-    start.
-    """
+    """From what its patch says and the input in and around it, 3x5x5, to the answer for it; 0 at start."""
 
     def __init__(self, features, c_in, hidden, c_out, wrap_x):
         super().__init__()
@@ -144,8 +120,7 @@ class Cell(nn.Module):
         """(BT, K, H, W), (BT, C, H, W), (BT, 2 hidden, 1, 1) -> (BT, c_out, H, W)"""
         cells = cells.to(features.dtype)
         c = rearrange(cells, "(b t) c h w -> b t c h w", t=T)
-        before = torch.cat([torch.zeros_like(c[:, :1]), c[:, :-1]], 1).flatten(0, 1)
-        after = torch.cat([c[:, 1:], torch.zeros_like(c[:, :1])], 1).flatten(0, 1)
+        before, after = (F.pad(c, (0, 0) * 3 + ends).flatten(0, 1) for ends in ((1, -1), (-1, 1)))
         around = torch.cat([cells, before, after], 1).contiguous(memory_format=torch.channels_last)
         h = torch.cat([features, self.near(around), cells], 1).contiguous(memory_format=torch.channels_last)
         return self.out(modulate(self.inner(h), scale_shift))
@@ -165,9 +140,7 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.checkpoint_activations = (
-            False  # backward computes each block again instead of storing its activations
-        )
+        self.checkpoint_activations = False  # backward computes each block again: less memory
         widths = [c.width * m for m in c.mults]
         emb = 4 * c.width
         self.embed = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
@@ -201,9 +174,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile block by block, in place: blocks of one shape share a program, so the first step
-        comes soon.
-        """
+        """torch.compile block by block, in place: blocks of one shape share a program, compiled soon."""
         torch._dynamo.config.recompile_limit = 64  # one program per shape of a block, never one for any shape
         for module in [*self.down, *self.middle, *self.attention, *self.up, self.cell]:
             module.compile(fullgraph=True, dynamic=False, backend=backend)
@@ -217,14 +188,11 @@ class UNet(nn.Module):
     def position_features(self, H, W, device):
         """Where a cell is, so that the statistics may depend on place (orography, latitude). (1, 8, H, W)"""
         k = torch.arange(1, 5, device=device)[:, None]  # (4, 1)
-        y = (torch.arange(H, device=device) + 0.5) / H  # (H,)
-        x = (torch.arange(W, device=device) + 0.5) / W  # (W,)
-        along_y = torch.cos(math.pi * k * y)  # (4, H)
+        y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (H, W))
+        along_y, along_x = torch.cos(math.pi * k * y), torch.cos(math.pi * k * x)  # (4, H), (4, W)
         if self.config.wrap_x:
             around = 2 * math.pi * k[:2] * x
-            along_x = torch.cat([around.cos(), around.sin()])  # (4, W)
-        else:
-            along_x = torch.cos(math.pi * k * x)
+            along_x = torch.cat([around.cos(), around.sin()])
         return torch.cat([along_y[:, :, None].expand(4, H, W), along_x[:, None, :].expand(4, H, W)])[None]
 
     def pad(self, h):
@@ -248,9 +216,7 @@ class UNet(nn.Module):
         cells, left = self.pad(rearrange(h, "b c t h w -> (b t) c h w"))
         h = F.pixel_unshuffle(cells, c.patch).contiguous(memory_format=torch.channels_last)
         h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
-        films = iter(
-            [f.repeat_interleave(T, 0)[:, :, None, None].to(h.dtype) for f in self.conditioning(logsnr)]
-        )
+        films = iter([f.repeat_interleave(T, 0)[:, :, None, None].to(h) for f in self.conditioning(logsnr)])
 
         def run(module, *inputs):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -274,7 +240,7 @@ class UNet(nn.Module):
                 h = run(next(up), torch.cat([h, skips.pop()], 1), next(films), T)
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
-        h = F.pixel_shuffle(self.features(F.silu(clip_norm(h, self.norm, T))), c.patch)
+        h = F.pixel_shuffle(self.features(F.silu(by_clip(self.norm, h, T))), c.patch)
         h = run(self.cell, h, cells, next(films), T)
         return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()
 
@@ -288,15 +254,13 @@ class Denoiser(nn.Module):
 
         F = a x_hat + b eps_hat of the Gaussian  +  envelope(logsnr) * network, mode by mode
 
-    It is EDM's preconditioning with a mean per cell and a variance per mode instead of one for all: what is
-    added is scaled by how much there is to say (Gaussian.envelope), so that a network of zeros is the best
-    linear denoiser. Of a clip longer than those trained on the Gaussian sees the whole, the network pieces as
-    long as those, and what it adds fades from one to the next over the half they share: all of the clip is
-    one weather, and nothing is asked of the network that it has not learnt.
+    EDM's preconditioning with a mean per cell and a variance per mode: a network of zeros is the best linear
+    denoiser. Of a clip longer than those trained on the Gaussian sees the whole, the network pieces as long
+    as those, and what it adds fades from one to the next over the half they share.
 
     param: what F is, a key of diffusion.PARAMS; frames: the longest clips trained on; low (C, 1, 1, 1): the
-    lowest value of each variable; linear_skip False: the network alone; dtype: of autocast; valid (C, 1, H, W):
-    0 where a cell never has data, where the network, which the loss does not teach there, adds nothing.
+    lowest value of each variable; linear_skip False: the network alone; dtype: of autocast; valid (C, 1, H,
+    W): 0 where a cell never has data, where nothing is added.
     """
 
     def __init__(
@@ -318,10 +282,9 @@ class Denoiser(nn.Module):
     def parts(self, z, logsnr, cond):
         """F of the Gaussian and what the network adds, both float32. z of at most `frames` frames.
 
-        The network sees the linear estimates of x and eps in place of z, which they add up to: in z the
-        finest scales are faint beside the weather as a whole. And how far z is above the lowest value in
-        units of the noise: in a dry cell that is the noise itself; asinh keeps it near 0 and grows like a
-        logarithm beyond.
+        The network sees the linear estimates of x and eps, in place of z where the finest scales are faint
+        beside the weather as a whole, and how far z is above the lowest value in units of the noise: in a dry
+        cell that is the noise itself.
         """
         law = self.gaussian.frames(z.shape[2])
         alpha, sigma = diffusion.scales(logsnr, z)
@@ -331,7 +294,7 @@ class Denoiser(nn.Module):
         seen = [(x_hat - law.mean) / law.spread(logsnr), above] + ([] if cond is None else [cond])
         with self.autocast(z):
             added = self.valid * self.network(eps_hat, logsnr, torch.cat(seen, 1)).float()
-        return a * x_hat + b * eps_hat, law.field(law.envelope(logsnr) * law.modes(added))
+        return a * x_hat + b * eps_hat, law.scaled(added, law.envelope(logsnr))
 
     def forward(self, z, logsnr, cond=None):
         """F of z (B, C, T, H, W), logsnr (B,), cond (B, K, T, H, W) or None; like z, float32."""

@@ -66,6 +66,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def scalar_denoiser(w):
     """The exact denoiser of independent Gaussians: E[x | z] = alpha w z / (alpha^2 w + sigma^2)."""
 
@@ -77,164 +81,110 @@ def scalar_denoiser(w):
 
 
 MEANS, STDS, SHARES = f64([-1.5, 1.0]), f64([0.3, 0.5]), f64([0.35, 0.65])
-
-
-def mixture_log_prob(x):
-    """log density of the two-component mixture, elementwise."""
-    parts = (
-        SHARES.log() - 0.5 * ((x[..., None] - MEANS) / STDS) ** 2 - STDS.log() - 0.5 * math.log(2 * math.pi)
-    )
-    return parts.logsumexp(-1)
+MIXTURE = torch.distributions.MixtureSameFamily(
+    torch.distributions.Categorical(SHARES), torch.distributions.Normal(MEANS, STDS)
+)
 
 
 def mixture_denoiser(z, logsnr):
     """The exact denoiser of the mixture, elementwise."""
     alpha, sigma = (a[..., None] for a in D.scales(logsnr, z))
-    var = alpha**2 * STDS**2 + sigma**2
-    share = (SHARES.log() - 0.5 * (z[..., None] - alpha * MEANS) ** 2 / var - 0.5 * var.log()).softmax(-1)
-    return (share * (MEANS + alpha * STDS**2 / var * (z[..., None] - alpha * MEANS))).sum(-1)
-
-
-def mixture_draw(n, seed=0):
-    which = (torch.rand(n, generator=torch.Generator().manual_seed(seed)) > 0.35).long()
-    return MEANS[which] + STDS[which] * normal(n, seed=seed + 1)
-
-
-def orthonormal(n, seed=0):
-    return torch.linalg.qr(normal(n, n, seed=seed))[0]
+    off, var = z[..., None] - alpha * MEANS, alpha**2 * STDS**2 + sigma**2
+    share = (SHARES.log() - 0.5 * off**2 / var - 0.5 * var.log()).softmax(-1)
+    return (share * (MEANS + alpha * STDS**2 / var * off)).sum(-1)
 
 
 KINDS = {"apart": ((-3,), (-2,), (-1,)), "together": ((-3, -1), (-2,)), "dense": ((-3, -2, -1),)}
 
 
-def some_law(kind="together", shape=(1, 2, 3, 4), seed=0):
+def some_law(kind="together", shape=(1, 2, 3, 4)):
     """A Gaussian law in a random basis, variances over four orders of magnitude."""
-    sizes = dict(zip((-3, -2, -1), shape[1:]))
-    axes = tuple(
-        (dims, orthonormal(math.prod(sizes[d] for d in dims), seed + i)) for i, dims in enumerate(KINDS[kind])
-    )
-    variances = 10 ** (
-        4 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 2
-    )
-    return D.Gaussian(normal(shape[0], 1, *shape[2:], seed=seed), variances, axes)
+    sizes = [math.prod(shape[d] for d in dims) for dims in KINDS[kind]]
+    axes = [torch.linalg.qr(normal(n, n, seed=i))[0] for i, n in enumerate(sizes)]
+    variances = 10 ** (4 * uniform(*shape) - 2)
+    return D.Gaussian(normal(shape[0], 1, *shape[2:]), variances, tuple(zip(KINDS[kind], axes)))
+
+
+def unit_clips(law):
+    return torch.eye(law.variances.numel(), dtype=torch.float64).view(-1, *law.variances.shape)
 
 
 def dense(law):
     """Mean (D,) and covariance (D, D) of the flattened clips of a law."""
-    shape = law.variances.shape
-    basis = law.field(torch.eye(law.variances.numel(), dtype=torch.float64).view(-1, *shape)).flatten(
-        1
-    )  # rows: modes
-    return law.mean.expand(shape).flatten(), basis.T @ (law.variances.flatten()[:, None] * basis)
+    basis = law.field(unit_clips(law)).flatten(1)  # rows: modes
+    return law.mean.expand(law.variances.shape).flatten(), basis.T @ (
+        law.variances.flatten()[:, None] * basis
+    )
 
 
-def draws(law, n, seed=0):
-    return law.mean + law.field(law.variances.sqrt() * normal(n, *law.variances.shape, seed=seed))
+def draws(law, n):
+    return law.mean + law.field(law.variances.sqrt() * normal(n, *law.variances.shape))
 
 
-def field_law(T, size):
+def field_law(T, size, mean=0.0):
     """The exact law of the built-in Gaussian field, in its own dense basis."""
     w, U = torch.linalg.eigh(data.gaussian_covariance(T, size))
-    shape = 1, T, size, size
+    axes = (((-3, -2, -1), U.T.contiguous()),)
     return D.Gaussian(
-        torch.zeros(1, 1, 1, 1).double(), w.clamp(min=1e-9).view(shape), (((-3, -2, -1), U.T.contiguous()),)
+        torch.full((1, 1, size, size), mean).double(), w.clamp(min=1e-9).view(1, T, size, size), axes
     )
 
 
 def observe(x, kind):
     """An Observation of clips x (B, 1, T, H, W)."""
-    shape, factor = x.shape[1:], 2 if kind == "means" else 1
-    if kind == "means":
-        mask = torch.ones(*shape[:2], shape[2] // 2, shape[3] // 2, dtype=torch.float64)
-    elif kind == "nothing":
-        mask = torch.zeros(shape, dtype=torch.float64)
-    elif kind == "cells":
-        mask = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.3).double()
-    else:
-        t = torch.arange(shape[1])
-        frames = {"frames": t < shape[1] // 2, "every second": t % 2 == 0}[kind]
-        mask = frames.double()[:, None, None].expand(shape)
-    whole = D.Observation(x, mask.expand(len(x), *mask.shape), factor)
-    return D.Observation(whole.A(x), whole.mask, factor)
+    t, factor = torch.arange(x.shape[2])[:, None, None], 2 if kind == "means" else 1
+    mask = {
+        "means": torch.ones_like(x[..., ::2, ::2]),
+        "cells": (uniform(*x.shape[1:], seed=1) < 0.3).expand(x.shape),
+        "frames": (t < x.shape[2] // 2).expand(x.shape),
+        "every second": (t % 2 == 0).expand(x.shape),
+    }[kind].double()
+    return D.Observation(D.Observation(x, mask, factor).A(x), mask, factor)
 
 
 def conditional(law, known, noise=0.0):
     """Mean and covariance of the law's clips given one Observation, by the textbook formula."""
     mean, C = dense(law)
-    basis = torch.eye(len(mean), dtype=torch.float64).view(-1, *law.variances.shape)
-    A = D.Observation(known.y, known.mask, known.factor).A(basis).flatten(1).T  # y = A x
+    A = known.A(unit_clips(law)).flatten(1).T  # y = A x
     seen = A.abs().sum(1) > 0
     A, y = A[seen], known.y.flatten()[seen]
-    K = C @ A.T @ torch.linalg.inv(A @ C @ A.T + noise**2 * torch.eye(len(A), dtype=torch.float64))
+    K = C @ A.T @ torch.linalg.inv(A @ C @ A.T + noise**2 * torch.eye(len(A)).double())
     return mean + K @ (y - A @ mean), C - K @ A @ C
 
 
 # ------------------------------------------------------------------------------------------------------------
 # levels and the forward process
 
-
-def textbook_schedule(name, t):
-    """Log-SNR on [-30, 30] in extended precision."""
-    u, hi = t.astype(np.longdouble), np.longdouble(15)
-    if name == "cosine":
-        b, top = np.arctan(np.exp(-hi)), np.arctan(np.exp(hi))
-        return -2 * np.log(np.tan(b + (top - b) * u))
-    if name == "logsnr":
-        return 30 - 60 * u
-    if name == "flow":
-        u = 1 / (1 + np.exp(hi)) * (1 - u) + u / (1 + np.exp(-hi))
-        return 2 * np.log((1 - u) / u)
-    if name == "rho":
-        ends = np.exp(-hi / 7), np.exp(hi / 7)
-        return -2 * np.log((ends[0] + u * (ends[1] - ends[0])) ** 7)
-    G = np.log1p(np.exp(-2 * hi))  # linear: from 30 to its own end at u = 1
-    start = (-0.1 + np.sqrt(np.longdouble(0.01) + 2 * np.longdouble(19.9) * G)) / np.longdouble(19.9)
-    v = start + (1 - start) * u
-    return -np.log(np.expm1(np.longdouble(0.1) * v + np.longdouble(19.9) / 2 * v**2))
+CLOCKS = {  # sigma / alpha at time t
+    "cosine": lambda t: torch.tan(math.pi / 2 * t),
+    "linear": lambda t: torch.expm1(0.1 * t + 19.9 / 2 * t**2).sqrt(),
+    "logsnr": lambda t: (-40 + 80 * t).exp(),
+    "flow": lambda t: t / (1 - t),
+    "normal": lambda t: (-(1 - 2.4 * torch.special.ndtri(t)) / 2).exp(),
+    "rho": lambda t: (math.exp(-40 / 7) + t * (math.exp(40 / 7) - math.exp(-40 / 7))) ** 7,
+}
 
 
-@pytest.mark.parametrize("name", [n for n in D.SCHEDULES if n != "normal"])
-def test_schedules_agree_with_extended_precision(name):
-    t = np.linspace(0, 1, 501)
-    got = D.Levels(name).logsnr(t).numpy()
-    np.testing.assert_allclose(got, textbook_schedule(name, t).astype(float), rtol=1e-7, atol=1e-7)
-    assert (np.diff(got) < 0).all()
+@pytest.mark.parametrize("name", D.SCHEDULES)
+def test_schedules_are_those_of_the_papers(name):
+    t, levels = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), D.Levels(name, -80.0, 80.0)
+    close((-levels.logsnr(t) / 2).exp(), CLOCKS[name](t), rtol=1e-6, atol=0)
 
 
-def test_normal_schedule_has_normal_quantiles():
-    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    close(1 - torch.special.ndtr((D.Levels("normal").logsnr(t) - 1.0) / 2.4), t, rtol=0, atol=1e-9)
-
-
-def test_linear_schedule_is_the_chain_of_ddpm():
-    beta = np.linspace(1e-4, 0.02, 1000)
-    abar = np.exp(
-        -np.cumsum(beta)
-    )  # DDPM's 1 - beta but for beta^2 / 2, which its continuous limit leaves out
-    chain, levels = np.log(abar / (1 - abar)), D.Levels("linear")
-    _, end, _ = levels.ends()
-    u = D.linear_time(torch.from_numpy(chain))
-    np.testing.assert_allclose(u, np.arange(1, 1001) / 1000, atol=1e-3)
-    assert end.item() == pytest.approx(1, abs=1e-3) and levels.logsnr(1.0).item() == pytest.approx(
-        chain[-1], abs=0.01
-    )
+@pytest.mark.parametrize("name", ["cosine", "flow", "logsnr"])
+def test_schedules_are_exact_to_both_ends(name):
+    l = D.Levels(name).logsnr(torch.linspace(0, 1, 501, dtype=torch.float64))
+    close(l, -l.flip(0), rtol=0, atol=1e-6)
+    assert l[0] == 30 and (l.diff() < 0).all()
 
 
 def test_levels_are_cut_and_shifted():
-    l = D.Levels("cosine", -8.0, 6.0).logsnr(f64([0.0, 0.3, 1.0]))
-    assert l[0].item() == pytest.approx(6, abs=1e-9) and l[2].item() == pytest.approx(-8, abs=1e-9)
-    by = 2 * math.log(0.25)
-    assert D.Levels("cosine", -8.0 + by, 6.0 + by, 0.25).logsnr(0.3).item() == pytest.approx(
-        l[1].item() + by, abs=1e-9
-    )
-
-
-def test_fosters_offset_cosine_is_a_cut_of_the_cosine():
-    t, (start, end) = torch.linspace(0, 1, 11, dtype=torch.float64), (math.acos(0.95), math.acos(0.02))
-    lo, hi = (2 * math.log(math.cos(a) / math.sin(a)) for a in (end, start))
-    assert hi == pytest.approx(2.2255, abs=1e-3) and lo == pytest.approx(-7.824, abs=1e-3)
-    alpha = D.alpha_sigma(D.Levels("cosine", lo, hi).logsnr(t))[0]
-    close(alpha, torch.cos(start + t * (end - start)), rtol=1e-9, atol=1e-9)
+    """Foster's offset cosine is a cut of the cosine: alpha = cos of an angle even in t."""
+    t, start, end = torch.linspace(0, 1, 11, dtype=torch.float64), math.acos(0.95), math.acos(0.02)
+    lo, hi, by = -7.8240, 2.2255, 2 * math.log(0.25)
+    levels = D.Levels("cosine", lo, hi)
+    close(D.alpha_sigma(levels.logsnr(t))[0], torch.cos(start + t * (end - start)), rtol=0, atol=1e-4)
+    close(D.Levels("cosine", lo + by, hi + by, 0.25).logsnr(t), levels.logsnr(t) + by)
 
 
 @pytest.mark.parametrize("name", D.SCHEDULES)
@@ -255,71 +205,43 @@ def test_rho_is_edms_grid_without_its_last_level():
 def test_times_are_stratified():
     t = D.stratified_times(8, torch.Generator().manual_seed(3)).sort().values
     close(t.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
-    drawn = torch.stack([D.stratified_times(4) for _ in range(4000)]).flatten()
-    assert drawn.mean().item() == pytest.approx(0.5, abs=0.01)
+    drawn = torch.stack([D.stratified_times(4) for _ in range(4000)])
     assert drawn.var().item() == pytest.approx(1 / 12, abs=0.005)
 
 
-def test_coefficients_hold_in_float32_at_the_ends():
-    exact = f64([-30, -29.5, -20, -7, -0.1, 0, 3, 15, 29.7, 30])
-    for got, e in zip(D.alpha_sigma(exact.float()), D.alpha_sigma(exact)):
-        assert (got.double() / e - 1).abs().max() < 1e-5
-    sigma = 1 / np.sqrt(1 + np.exp(exact.numpy().astype(np.longdouble)))
-    np.testing.assert_allclose(D.alpha_sigma(exact)[1].numpy(), sigma.astype(float), rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "t,s", [(-30, -29.94), (-30, -6.9), (-1, 0.5), (7, 30), (29.94, 30), (-30, 30), (5, math.inf)]
-)
-def test_updates_hold_in_float32(t, s):
+@pytest.mark.parametrize("t,s", [(-30, -29.94), (-30, -6.9), (-1, 0.5), (7, 30), (29.94, 30), (-30, 30)])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_updates_hold_in_float32(t, s, eta):
     z, x_hat = normal(2, 64)
-    for eta in (0.0, 1.0):
-        full = D.update(z, x_hat, f64(t), f64(s), eta, 0.0, torch.zeros_like)
-        single = D.update(z.float(), x_hat.float(), f64(t), f64(s), eta, 0.0, torch.zeros_like)
-        assert single.dtype == torch.float32
-        close(single.double(), full, rtol=1e-5, atol=1e-6)
-
-
-def test_forward_process_is_markov():
-    s, t = f64([20.0, 3.0, -1.0, -20.0]), f64([3.0, -1.0, -29.0, -30.0])
-    x, zero = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
-    close(D.renoise(D.diffuse(x, s, zero), s, t, zero), D.diffuse(x, t, zero), rtol=1e-9, atol=0)
-    variance = D.renoise(D.diffuse(zero, s, x), s, t, zero) ** 2 + D.renoise(zero, s, t, x) ** 2
-    close(variance, D.diffuse(zero, t, x) ** 2, rtol=1e-9, atol=0)
+    full = D.update(z, x_hat, f64(t), f64(s), eta, 0.0, torch.zeros_like)
+    single = D.update(z.float(), x_hat.float(), f64(t), f64(s), eta, 0.0, torch.zeros_like)
+    close(single, full.float(), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # parameterisations and losses
 
 
-@pytest.mark.parametrize("param", D.PARAMS)
-def test_targets_give_back_x(param):
-    x, eps = normal(2, 7, 2, 3)
-    logsnr = torch.linspace(-8, 8, 7, dtype=torch.float64)
-    z = D.diffuse(x, logsnr, eps)
-    close(D.to_x(D.target(x, eps, logsnr, param), z, logsnr, param), x)
-    close(D.to_eps(x, z, logsnr), eps)
-
-
-def test_v_is_the_derivative_along_the_angle():
-    x, eps = normal(2, 7, 3)
-    logsnr = torch.linspace(-8, 8, 7, dtype=torch.float64)
+def outputs(x, eps, logsnr):
+    """What a network should say, by parameterisation."""
     alpha, sigma = D.scales(logsnr, x)
-    angle = torch.atan2(sigma, alpha) + 1e-6
-    slope = (torch.cos(angle) * x + torch.sin(angle) * eps - D.diffuse(x, logsnr, eps)) / 1e-6
-    close(slope, D.target(x, eps, logsnr, "v"), rtol=1e-4, atol=1e-5)
+    return {"v": alpha * eps - sigma * x, "eps": eps, "x": x, "score": -eps / sigma}
+
+
+@pytest.mark.parametrize("param", D.PARAMS)
+def test_outputs_give_back_x(param):
+    (x, eps), logsnr = normal(2, 7, 2, 3), torch.linspace(-8, 8, 7, dtype=torch.float64)
+    z = D.diffuse(x, logsnr, eps)
+    close(D.to_x(outputs(x, eps, logsnr)[param], z, logsnr, param), x)
+    close(D.to_eps(x, z, logsnr), eps)
 
 
 @pytest.mark.parametrize("param", D.PARAMS)
 @pytest.mark.parametrize("weighting", D.WEIGHTINGS)
 def test_a_weighting_means_the_same_for_every_parameterisation(param, weighting):
-    x, eps, wrong = normal(3, 5, 6)
-    logsnr = f64([-9.0, -3.0, 0.0, 2.0, 9.0])
-    log_p = D.Levels().log_density(logsnr)
-    z, x_hat = D.diffuse(x, logsnr, eps), x + 0.1 * wrong
-    alpha, sigma = D.scales(logsnr, z)
-    eps_hat = D.to_eps(x_hat, z, logsnr)
-    F = {"v": alpha * eps_hat - sigma * x_hat, "eps": eps_hat, "x": x_hat, "score": -eps_hat / sigma}[param]
+    (x, eps, wrong), logsnr = normal(3, 5, 6), f64([-9.0, -3.0, 0.0, 2.0, 9.0])
+    log_p, z, x_hat = D.Levels().log_density(logsnr), D.diffuse(x, logsnr, eps), x + 0.1 * wrong
+    F = outputs(x_hat, D.to_eps(x_hat, z, logsnr), logsnr)[param]
     loss, v_error = D.training_loss(F, x, eps, logsnr, param, weighting, log_p)
     snr, sigma2 = logsnr.exp(), torch.sigmoid(-logsnr)
     on_x = {  # the same weighting written on the error of x
@@ -337,20 +259,10 @@ def test_a_weighting_means_the_same_for_every_parameterisation(param, weighting)
 
 
 def test_masked_cells_are_left_out_of_the_loss():
-    x, off = torch.zeros(2, 1, 2, 3, 3), torch.zeros(2, 1, 2, 3, 3)
-    mask = torch.ones_like(x)
-    mask[:, :, :, 0], off[:, :, :, 0], off[:, :, :, 1] = 0, 100.0, 3.0
+    x, off, mask = torch.zeros(3, 2, 1, 2, 3, 3)
+    mask[:, :, :, 1:], off[:, :, :, 0], off[:, :, :, 1] = 1, 100.0, 3.0
     loss, _ = D.training_loss(off, x, x, f64([0.0, 0.0]), mask=mask)
     assert loss.tolist() == pytest.approx([4.5, 4.5])  # 9 in three of six cells
-
-
-def test_ddpms_loss_is_l_simple():
-    x, eps = normal(2, 3, 5)
-    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[[0, 400, 999]]
-    logsnr = torch.from_numpy(np.log(abar / (1 - abar)))
-    z = torch.from_numpy(np.sqrt(abar)[:, None]) * x + torch.from_numpy(np.sqrt(1 - abar)[:, None]) * eps
-    loss = D.training_loss(0.3 * D.diffuse(x, logsnr, eps), x, eps, logsnr, "eps", "eps")[0]
-    close(loss, ((0.3 * z - eps) ** 2).mean(1), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("l,z", [(-3.0, 0.4), (0.0, 1.1), (4.0, 3.0)])
@@ -369,14 +281,10 @@ def test_averaged_targets_have_the_same_mean(l, z):
 
 
 def test_averaged_targets_make_the_same_z():
-    x, eps = normal(2, 5, 1, 2, 3, 3).float()
-    logsnr = f64([-9.0, -3.0, 0.0, 5.0, 30.0])
+    (x, eps), logsnr = normal(2, 5, 1, 2, 3, 3).float(), f64([-9.0, -3.0, 0.0, 5.0, 30.0])
     new_x, new_eps = D.average_targets(x, eps, logsnr)
     close(D.diffuse(new_x, logsnr, new_eps), D.diffuse(x, logsnr, eps))
-    assert torch.equal(new_x[4], x[4]) and torch.equal(
-        new_eps[4], eps[4]
-    )  # without noise every clip is itself
-    assert (new_x[0] - x.mean(0)).abs().max() < 0.2  # in noise it is any of them
+    assert torch.equal(new_x[4], x[4]) and torch.equal(new_eps[4], eps[4])  # without noise each is itself
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,16 +292,9 @@ def test_averaged_targets_make_the_same_z():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_modes_keep_lengths_and_come_back(kind):
-    law, x = some_law(kind), normal(5, 1, 2, 3, 4)
-    close(law.field(law.modes(x)), x)
-    close(law.modes(x).square().sum(), x.square().sum())
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_estimates_are_the_conditional_expectation(kind):
     law, z, logsnr = some_law(kind), normal(5, 1, 2, 3, 4, seed=3), f64([-8.0, -2.0, 0.0, 3.0, 8.0])
-    (m, C), (x_hat, eps_hat), eye = dense(law), law.estimates(z, logsnr), torch.eye(24, dtype=torch.float64)
+    (m, C), (x_hat, eps_hat), eye = dense(law), law.estimates(z, logsnr), torch.eye(24).double()
     for i, l in enumerate(logsnr):
         alpha, sigma = D.alpha_sigma(l)
         gain = alpha * torch.linalg.solve(alpha**2 * C + sigma**2 * eye, C).T
@@ -403,19 +304,17 @@ def test_estimates_are_the_conditional_expectation(kind):
 
 
 def test_spread_is_the_size_of_the_estimate():
-    law, logsnr = some_law(), f64([-6.0, 0.0, 6.0])
-    x = draws(law, 6000)
-    for l, spread in zip(logsnr, law.spread(logsnr).flatten()):
-        level = l.expand(len(x))
-        x_hat = law.denoise(D.diffuse(x, level, normal(*x.shape, seed=9)), level)
-        assert (x_hat - law.mean).square().mean().sqrt().item() == pytest.approx(spread.item(), rel=0.05)
+    law = some_law()
+    x, level = draws(law, 6000), f64([0.5])
+    x_hat = law.denoise(D.diffuse(x, level, normal(*x.shape, seed=9)), level)
+    size = (x_hat - law.mean).square().mean().sqrt().item()
+    assert law.spread(level).item() == pytest.approx(size, rel=0.03)
 
 
 def test_envelope_leaves_hidden_modes_alone_and_lets_clear_ones_go():
     law = some_law()
     noise, clear = law.envelope(f64([-40.0, 40.0]))
-    assert noise.max() < 1e-6
-    close(clear, torch.ones_like(clear), rtol=1e-6, atol=0)
+    assert noise.max() < 1e-6 and clear.min() > 1 - 1e-6
     gain = law.wiener(*D.alpha_sigma(f64(-1.0)))[0]
     close(law.envelope(f64([-1.0]))[0].square(), gain * gain.square().mean().sqrt())
 
@@ -429,19 +328,16 @@ def test_modes_emerge_where_signal_and_noise_are_equal():
 @pytest.mark.parametrize("gaps", [False, True])
 def test_fit_finds_the_law(gaps):
     """Also where boxes hide a quarter of the cells: filled with 0 the variance would be a quarter too low."""
-    law = D.Gaussian(0.5 + 0 * normal(1, 1, 6, 6), field_law(4, 6).variances, field_law(4, 6).axes)
+    law, rng = field_law(4, 6, mean=0.5), np.random.default_rng(0)
     x = draws(law, 3000).float()
-    if gaps:
-        rng = np.random.default_rng(0)
-        for clip in x:
-            i, j = rng.integers(0, 4, 2)
-            clip[..., i : i + 3, j : j + 3] = math.nan
-    fitted = D.Gaussian.fit(x.split(500))
+    for clip in x if gaps else ():
+        i, j = rng.integers(0, 4, 2)
+        clip[..., i : i + 3, j : j + 3] = math.nan
+    fitted = D.Gaussian.fit(x.split(500)).map(torch.Tensor.double)
     assert fitted.mean.mean().item() == pytest.approx(0.5, abs=0.05)
-    true, got = dense(law)[1].diagonal(), dense(fitted.map(torch.Tensor.double))[1].diagonal()
+    true, got = dense(law)[1].diagonal(), dense(fitted)[1].diagonal()
     assert (got / true - 1).abs().mean() < 0.06
-    large = fitted.variances.max().item() / law.variances.max().item()
-    assert large == pytest.approx(1, abs=0.1)
+    assert (fitted.variances.max() / law.variances.max()).item() == pytest.approx(1, abs=0.1)
 
 
 def test_large_grids_take_time_and_x_apart(monkeypatch):
@@ -457,40 +353,41 @@ def test_fill_draws_what_is_missing_given_what_is_there():
     known = observe(x, "cells")
     holes = torch.where(known.mask > 0, x, math.nan).expand(4000, *x.shape[1:])
     filled = law.fill(holes, torch.Generator().manual_seed(0))
-    assert torch.equal(filled[known.mask.expand_as(filled) > 0], holes[known.mask.expand_as(holes) > 0])
+    assert torch.equal(known.mask * filled, (known.mask * x).expand_as(filled))
     mean, C = conditional(law, known)
     std = C.diagonal().clamp(min=0).sqrt()
     assert ((filled.mean(0).flatten() - mean).abs() < 5 * std / 4000**0.5 + 0.01).all()
     assert (filled.std(0).flatten() - std).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("kind", ["frames", "every second", "cells", "means", "nothing"])
+@pytest.mark.parametrize("kind", ["frames", "every second", "cells", "means"])
 def test_shift_is_the_conditional_expectation(kind):
     law = field_law(4, 6)
     known = observe(draws(law, 1), kind)
-    x_hat = law.mean.expand(1, *law.variances.shape)
-    got = law.shift(known, x_hat, law.variances[None], 0.2)
-    noise = 0.2 / known.factor
-    expected = conditional(law, known, noise)[0] if kind != "nothing" else 0 * got.flatten()
-    assert (got.flatten() - expected).norm() < 1e-3 * max(float(expected.norm()), 1)
+    got = law.shift(known, law.mean.expand(1, *law.variances.shape), law.variances[None], 0.2)
+    expected = conditional(law, known, 0.2 / known.factor)[0]
+    assert (got.flatten() - expected).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("share", [0.3, 0.7])
-def test_shift_does_not_depend_on_the_batch(share):
+def test_shift_does_not_depend_on_the_batch():
     law = field_law(4, 8).map(torch.Tensor.float)
-    x = draws(law.map(torch.Tensor.double), 8).float()
-    mask = (torch.rand(8, 1, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < share).float()
-    mask[3] = 0
-    zero = torch.zeros_like(x)
-    together = law.shift(D.Observation(x * mask, mask), zero, law.variances[None], D.NEARLY)
+    x = draws(field_law(4, 8), 8).float()
+    mask = (uniform(*x.shape, seed=2) < 0.3).float()
+    mask[3] = 0  # nothing is known of this one
+
+    def shift(which):
+        y, m = (x * mask)[which], mask[which]
+        return law.shift(D.Observation(y, m), torch.zeros_like(y), law.variances[None], D.NEARLY)
+
+    together = shift(slice(None))
+    assert together[3].abs().max() == 0
     for i in range(8):
-        one = slice(i, i + 1)
-        alone = law.shift(D.Observation((x * mask)[one], mask[one]), zero[one], law.variances[None], D.NEARLY)
-        assert (together[one] - alone).abs().max() < 1e-4
-    exact = conditional(
-        law.map(torch.Tensor.double), D.Observation((x * mask)[:1].double(), mask[:1].double()), D.NEARLY
-    )[0]
-    assert (together[0].flatten() - exact).norm() / exact.norm() < 1e-3
+        assert (together[i] - shift([i])[0]).abs().max() < 1e-4
+
+
+def after(step, denoise, z, grid):
+    *_, (z, _) = D.sample(denoise, z, grid, step)
+    return z
 
 
 def test_flow_is_the_probability_flow_ode():
@@ -501,52 +398,30 @@ def test_flow_is_the_probability_flow_ode():
         return law.denoise(z, logsnr) + added
 
     z, grid = normal(4, 1, 2, 3, 4, seed=1), torch.linspace(-9, 7, 400, dtype=torch.float64)
-    *_, (exact, _) = D.sample(denoise, z, grid, D.ode)
-    *_, (once, _) = D.sample(denoise, z, grid[[0, -1]], partial(D.modes_step, law=law))
-    close(once, exact, rtol=1e-5, atol=1e-6)
-    close(law.join(law.split(z, added, grid[3])[0], grid[3]), z)
-
-
-def test_flow_of_a_mode_without_variance_is_ddim():
-    law = D.Gaussian(
-        torch.zeros(1, 1, 3, 4).double(), torch.full((1, 2, 3, 4), 1e-12).double(), some_law().axes
-    )
-    z, x_hat, (t, s) = normal(4, 1, 2, 3, 4), normal(4, 1, 2, 3, 4, seed=1), f64([-1.3, 2.1])
-    Z, N = law.split(z, x_hat, t)
-    ratio, gain = law.flow(t, s)
-    close(law.join(ratio * Z + gain * N, s), D.update(z, x_hat, t, s, eta=0.0), rtol=1e-6, atol=1e-8)
+    once = after(partial(D.modes_step, law=law), denoise, z, grid[[0, -1]])
+    close(once, after(D.ode, denoise, z, grid), rtol=1e-5, atol=1e-6)
 
 
 def test_steps_in_the_modes_are_of_second_order():
     law, z = some_law(), normal(4, 1, 2, 3, 4, seed=1)
     other = D.Gaussian(law.mean, law.variances * 3 ** normal(1, 2, 3, 4, seed=3), law.axes)
-    *_, (exact, _) = D.sample(law.denoise, z, torch.linspace(-9, 7, 400, dtype=torch.float64), D.ode)
-    errors = []
-    for n in (40, 80):
-        grid = torch.linspace(-9, 7, n + 1, dtype=torch.float64)
-        *_, (got, _) = D.sample(law.denoise, z, grid, partial(D.modes_step, law=other))
-        errors.append(float((got - exact).norm()))
-    assert errors[0] / errors[1] > 3.3
-
-
-def autoregression(P, C0, T):
-    """Covariance (T n, T n) of T frames of x' = P x + noise, C0 its stationary covariance."""
-    powers = [torch.linalg.matrix_power(P, k) @ C0 for k in range(T)]  # of frame k with frame 0
-    rows = [torch.cat([powers[u - v] if u >= v else powers[v - u].mT for v in range(T)], 1) for u in range(T)]
-    return torch.cat(rows)
+    grids = [torch.linspace(-9, 7, n + 1, dtype=torch.float64) for n in (40, 80, 400)]
+    exact = after(D.ode, law.denoise, z, grids[2])
+    rough, fine = (after(partial(D.modes_step, law=other), law.denoise, z, grid) for grid in grids[:2])
+    assert (rough - exact).norm() / (fine - exact).norm() > 3.3
 
 
 def turning_weather(T):
-    """The law of T frames of weather that turns, time and x no product: 2 rows, 3 columns, axes together."""
-    swirl = f64([[0.7, 0.4, 0.0], [-0.3, 0.6, 0.2], [0.0, -0.2, 0.5]])
-    C = torch.eye(3, dtype=torch.float64)
+    """The law of T frames of the autoregression x' = P x + noise, times a law of two rows; axes together."""
+    P, C = f64([[0.7, 0.4, 0.0], [-0.3, 0.6, 0.2], [0.0, -0.2, 0.5]]), torch.eye(3).double()
     for _ in range(200):
-        C = swirl @ C @ swirl.T + torch.diag(f64([0.2, 0.5, 0.3]))
-    w_t, A = torch.linalg.eigh(autoregression(swirl, C, T))
+        C = P @ C @ P.T + torch.diag(f64([0.2, 0.5, 0.3]))
+    with_first = [torch.linalg.matrix_power(P, k) @ C for k in range(T)]  # of frame k with frame 0
+    rows = [[with_first[u - v] if u >= v else with_first[v - u].mT for v in range(T)] for u in range(T)]
+    w_t, A = torch.linalg.eigh(torch.cat([torch.cat(row, 1) for row in rows]))
     w_y, Y = torch.linalg.eigh(f64([[1.0, 0.3], [0.3, 0.5]]))
-    variances = (w_t.view(T, 1, 3) * w_y.view(1, 2, 1))[None]
     axes = ((-3, -1), A.T.contiguous()), ((-2,), Y.T.contiguous())
-    return D.Gaussian(torch.zeros(1, 1, 2, 3).double(), variances, axes)
+    return D.Gaussian(torch.zeros(1, 1, 2, 3).double(), (w_t.view(1, T, 1, 3) * w_y.view(2, 1)), axes)
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
@@ -558,7 +433,7 @@ def test_other_lengths_of_an_autoregression_are_exact(T):
 def test_other_lengths_are_always_a_covariance_of_the_same_variance(kind):
     law = some_law(kind, (1, 4, 2, 3))
     longer = law.frames(20)
-    assert longer.variances.min() > 0 and longer is law.frames(20) and law.frames(4) is law
+    assert longer.variances.min() > 0 and longer is law.frames(20)
     assert longer.variances.mean().item() == pytest.approx(law.variances.mean().item(), rel=1e-3)
 
 
@@ -568,48 +443,39 @@ def test_other_lengths_are_always_a_covariance_of_the_same_variance(kind):
 
 def variance_of(step, grid, w):
     """Exact variance of a linear sampler's output for data variance w: entry k is that of noise k."""
-    z, used = torch.zeros(len(grid) + 1, 1, dtype=torch.float64), itertools.count(1)
-    z[0] = 1.0
+    used = itertools.count(1)
 
     def noise(z):
-        e = torch.zeros_like(z)
-        e[next(used)] = 1.0
-        return e
+        return torch.zeros_like(z).index_fill_(0, torch.tensor(next(used)), 1.0)
 
-    for z, _ in D.sample(scalar_denoiser(w), z, grid, step, noise):
-        pass
+    z = torch.zeros(len(grid) + 1, 1, dtype=torch.float64)
+    z[0] = 1.0
+    *_, (z, _) = D.sample(scalar_denoiser(w), z, grid, step, noise)
     return (z**2).sum().item()
 
 
-@pytest.mark.parametrize("steps,lower,upper", [(32, 0.911, 1.021), (128, 0.974, 1.006), (256, 0.986, 1.003)])
+@pytest.mark.parametrize("steps,lower,upper", [(32, 0.911, 1.021), (256, 0.986, 1.003)])
 def test_few_ancestral_steps_in_uniform_time_are_under_dispersed(steps, lower, upper):
-    grid = D.Levels().grid(steps)
-    std = [
-        math.sqrt(variance_of(partial(D.single_step, variance=v), grid, 0.3) / 0.3) for v in (0.0, 0.5, 1.0)
-    ]
-    assert std[0] == pytest.approx(lower, abs=6e-4) and std[2] == pytest.approx(upper, abs=6e-4)
-    assert std[0] < std[1] < std[2]
+    grid, ancestral = D.Levels().grid(steps), D.SAMPLERS["ancestral"]
+    low, between, up = (variance_of(partial(ancestral, variance=v), grid, 0.3) / 0.3 for v in (0.0, 0.5, 1.0))
+    assert low**0.5 == pytest.approx(lower, abs=6e-4) and up**0.5 == pytest.approx(upper, abs=6e-4)
+    assert low < between < up
 
 
-DETERMINISTIC = {"ddim": D.SAMPLERS["ddim"], "dpmpp": D.multistep, "heun": D.heun, "ode": D.ode}
-STOCHASTIC = {
-    "ancestral": D.single_step,
-    "eta_half": partial(D.single_step, eta=0.5),
-    "dpmpp_sde": partial(D.multistep, eta=1.0),
-    "until": partial(D.multistep, eta=1.0, until=0.0),
-    "sde": D.euler_maruyama,
+STEPS = {
+    name: D.SAMPLERS[name] for name in ("ancestral", "ddim", "dpmpp", "dpmpp_sde", "heun", "sde", "ode")
+} | {
+    "eta_half": partial(D.SAMPLERS["ddim"], eta=0.5),
+    "until": partial(D.SAMPLERS["dpmpp_sde"], until=0.0),
     "churn": partial(D.heun, churn=0.02),
 }
 
 
-@pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC])
+@pytest.mark.parametrize("name", STEPS)
 def test_samplers_reach_the_exact_spectrum(name):
-    step, grids = (
-        (DETERMINISTIC | STOCHASTIC)[name],
-        [D.Levels("logsnr", -16.0, 17.0).grid(n) for n in (100, 200)],
-    )
+    grids = [D.Levels("logsnr", -16.0, 17.0).grid(n) for n in (100, 200)]
     for w in (0.01, 1.0, 100.0):  # a steep spectrum, each eigenvalue a scalar Gaussian
-        error = [abs(variance_of(step, grid, w) / w - 1) for grid in grids]
+        error = [abs(variance_of(STEPS[name], grid, w) / w - 1) for grid in grids]
         assert error[1] < 0.09 and (error[1] < error[0] / 1.8 or error[1] < 1e-4)
 
 
@@ -618,59 +484,33 @@ def test_order_of_convergence(name, order):
     w, ends, errors = 0.3, f64([-5.0, 5.0]), []
     variance = w * torch.sigmoid(ends) + torch.sigmoid(-ends)
     for n in (128, 256):
-        grid, one = torch.linspace(-5, 5, n + 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-        *_, (z, _) = D.sample(scalar_denoiser(w), one, grid, DETERMINISTIC[name])
+        grid = torch.linspace(-5, 5, n + 1, dtype=torch.float64)
+        z = after(STEPS[name], scalar_denoiser(w), f64([[1.0]]), grid)
         errors.append(abs(z.item() - (variance[1] / variance[0]).sqrt().item()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
 def test_noise_is_added_until_it_is_not():
-    drawn = []
+    drawn, grid = [], torch.linspace(-2, 2, 9, dtype=torch.float64)
 
     def noise(z):
         drawn.append(z)
-        return torch.ones_like(z)
+        return z
 
-    grid, z = torch.linspace(-2, 2, 9, dtype=torch.float64), torch.full((1, 2), 0.7, dtype=torch.float64)
-    for _ in D.sample(
-        scalar_denoiser(f64([0.3, 30.0])), z, grid, partial(D.multistep, eta=1.0, until=0.5), noise
-    ):
-        pass
+    step = partial(D.SAMPLERS["dpmpp_sde"], until=0.5)
+    list(D.sample(scalar_denoiser(0.3), f64([[0.7]]), grid, step, noise))
     assert len(drawn) == 5  # from -2, -1.5, -1, -0.5 and 0
 
 
-@slow
-def test_table_of_convergence(capsys):
-    """Error of the standard deviation on a Gaussian of variance 0.3, steps halved five times."""
-    counts = (16, 32, 64, 128, 256, 512)
-    with capsys.disabled():
-        print(f"\n{'steps':>12}" + "".join(f"{n:>11}" for n in counts) + f"{'order':>8}")
-        for name, step in (DETERMINISTIC | STOCHASTIC).items():
-            grids = [D.Levels("logsnr", -12.0, 17.0).grid(n) for n in counts]
-            errors = [abs(math.sqrt(variance_of(step, grid, 0.3) / 0.3) - 1) for grid in grids]
-            order = math.log2(errors[-2] / errors[-1])
-            print(f"{name:>12}" + "".join(f"{e:>11.2e}" for e in errors) + f"{order:>8.2f}")
-            assert errors[-1] < errors[0]
-
-
 def test_24_evaluations_match_1000_ancestral_steps():
-    """pytest -s -k 24_eval: spectra that samplers make of the exact denoiser of one like that of the rain."""
-    w, emerging, distance = torch.exp(torch.linspace(-5.9, 7.8, 8, dtype=torch.float64)), (-12.8, 10.9), {}
-    print(f"\n{'':<28}{'worst variance':>16}{'spectral distance, dB':>24}")
-    for name, steps, levels in (
-        ("ancestral", 1000, D.Levels()),
-        ("ancestral", 1000, D.Levels("logsnr", *emerging)),
-        ("dpmpp", 16, D.Levels("logsnr", *emerging)),
-        ("dpmpp", 24, D.Levels("logsnr", *emerging)),
-        ("dpmpp_sde", 64, D.Levels("logsnr", *emerging)),
-    ):
-        step = partial(D.multistep, eta=1.0, until=-1.0) if name == "dpmpp_sde" else D.SAMPLERS[name]
-        ratio = torch.tensor([variance_of(step, levels.grid(steps), v) / v for v in w.tolist()])
-        key = f"{name} {steps} {levels.schedule}"
-        distance[key] = (10 * ratio.log10()).pow(2).mean().sqrt().item()
-        print(f"{key:<28}{(ratio - 1).abs().max():>16.1%}{distance[key]:>24.3f}")
-    assert distance["dpmpp 24 logsnr"] < distance["ancestral 1000 cosine"] < 0.2
-    assert distance["dpmpp_sde 64 logsnr"] < distance["ancestral 1000 logsnr"] < 0.1
+    """Spectra that samplers make of the exact denoiser of one like that of the rain."""
+    w, emerging = torch.exp(torch.linspace(-5.9, 7.8, 8)).tolist(), D.Levels("logsnr", -12.8, 10.9)
+
+    def distance(name, grid):  # dB
+        ratio = torch.tensor([variance_of(D.SAMPLERS[name], grid, v) / v for v in w])
+        return (10 * ratio.log10()).square().mean().sqrt().item()
+
+    assert distance("dpmpp", emerging.grid(24)) < distance("ancestral", D.Levels().grid(1000)) < 0.2
 
 
 def test_update_is_the_textbook_ddpm_posterior():
@@ -688,48 +528,34 @@ def test_update_is_the_textbook_ddpm_posterior():
         assert std[1] ** 2 == pytest.approx(beta[i], rel=1e-9)  # DDPM's other choice, sigma_t^2 = beta_t
 
 
-def test_ddim_is_a_rotation():
-    z, x_hat, t, s = f64([0.8]), f64([-0.3]), f64(-2.0), f64(-0.7)
+@pytest.mark.parametrize("name", ["ddim", "heun"])
+def test_steps_are_edms_in_its_own_variables(name):
+    """Euler and Heun on y = z / alpha, dy/dsigma = (y - x_hat) / sigma: variance exploding."""
+    w, z, t, s = 0.3, f64([[0.8]]), f64(-2.0), f64(-0.7)
     (a, b), (c, d) = D.alpha_sigma(t), D.alpha_sigma(s)
-    delta, v = torch.atan2(d, c) - torch.atan2(b, a), (a * z - x_hat) / b
-    close(D.update(z, x_hat, t, s, eta=0.0), torch.cos(delta) * z + torch.sin(delta) * v)
+
+    def slope(y, sigma):
+        return (y - w / (w + sigma**2) * y) / sigma
+
+    y, h = z / a, d / c - b / a
+    first = slope(y, b / a)
+    second = slope(y + h * first, d / c) if name == "heun" else first
+    close(after(STEPS[name], scalar_denoiser(w), z, torch.stack([t, s])), (y + h * (first + second) / 2) * c)
 
 
-def test_heun_is_edms():
-    """EDM's step on y = z / alpha, written in its own variables."""
-    z, t, s, denoise = f64([0.8]), f64(-2.0), f64(-0.7), scalar_denoiser(0.3)
-    (a, b), (c, d) = D.alpha_sigma(t), D.alpha_sigma(s)
-    y, st, ss = z / a, b / a, d / c
-    slope = (y - denoise(z, t.reshape(1))) / st
-    y1 = y + (ss - st) * slope
-    slope1 = (y1 - denoise(y1 * c, s.reshape(1))) / ss
-    close(D.heun(denoise, z, t, s, None, None)[0], (y + (ss - st) * (slope + slope1) / 2) * c)
-
-
-def test_ve_and_vp_give_the_same_samples():
-    w, grid, z = 0.3, D.Levels("logsnr", -10.0, 10.0).grid(20), normal(5, 1)
-    *_, (vp, _) = D.sample(scalar_denoiser(w), z, grid, DETERMINISTIC["ddim"])
-    y, sigma = z / D.alpha_sigma(grid[0])[0], (-grid / 2).exp()  # Euler on dy/dsigma = (y - x_hat) / sigma
-    for a, b in zip(sigma[:-1], sigma[1:]):
-        y = y + (b - a) * (y - w / (w + a**2) * y) / a
-    close(vp, y, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("step", [partial(D.langevin, num_corrections=10, snr=0.25), D.SAMPLERS["pc"]])
+@pytest.mark.parametrize("step", [partial(D.SAMPLERS["langevin"], snr=0.25), D.SAMPLERS["pc"]])
 def test_langevin_recovers_the_mixture(step):
     torch.manual_seed(0)
-    *_, (x, _) = D.sample(mixture_denoiser, normal(20000, 1), D.Levels("logsnr", -8.0, 9.0).grid(80), step)
-    truth = (
-        (mixture_draw(200_000) < -0.5).double().mean().item()
-    )  # between the components, which hardly overlap
-    assert (x < -0.5).double().mean().item() == pytest.approx(truth, abs=0.03)
+    x = after(step, mixture_denoiser, normal(20000, 1), D.Levels("logsnr", -8.0, 9.0).grid(80))
+    share = (x < -0.5).double().mean().item()  # between the components, which hardly overlap
+    assert share == pytest.approx(MIXTURE.cdf(f64(-0.5)).item(), abs=0.03)
 
 
 def test_encoding_and_decoding_come_back():
     w, grid = f64([0.05, 0.3, 1.0, 4.0]), torch.linspace(14, -14, 201, dtype=torch.float64)
     x = w.sqrt() * normal(4000, 4)
-    *_, (latent, _) = D.sample(scalar_denoiser(w), D.diffuse(x, grid[:1], 0 * x), grid, D.ode)
-    *_, (back, _) = D.sample(scalar_denoiser(w), latent, torch.cat([grid.flip(0), f64([math.inf])]), D.ode)
+    latent = after(D.ode, scalar_denoiser(w), D.diffuse(x, grid[:1], 0 * x), grid)
+    back = after(D.ode, scalar_denoiser(w), latent, torch.cat([grid.flip(0), f64([math.inf])]))
     assert (back - x).abs().max() < 1e-3
     assert (latent.var(0) - 1).abs().max() < 4 * math.sqrt(2 / 4000)
 
@@ -745,75 +571,56 @@ def test_interpolated_noise_is_noise():
 # likelihoods
 
 
+def eps_error(w, l):
+    """E|eps - eps_hat|^2 of the exact denoiser for data variance w at log-SNR l."""
+    return torch.sigmoid(l) * w / (torch.sigmoid(l) * w + torch.sigmoid(-l))
+
+
 def test_continuous_elbo_is_the_entropy_of_a_gaussian():
     w, lo, hi, n = f64([0.01, 0.3, 1.0, 5.0]), -30.0, 30.0, 200_000
-    l = torch.linspace(lo, hi, 20001, dtype=torch.float64)[:, None]  # E|eps - eps_hat|^2 = alpha^2 w / total
-    error = (torch.sigmoid(l) * w / (torch.sigmoid(l) * w + torch.sigmoid(-l))).sum(1)
-    diffusion = 0.5 * torch.trapezoid(error, l[:, 0]).item()
-    elbo = (
-        D.prior_kl(w.sqrt()[None], lo).item() + diffusion + D.reconstruction_nll(4, hi)
-    )  # x^2 = w in expectation
-    assert elbo / 4 == pytest.approx(0.5 * (math.log(2 * math.pi * math.e) + w.log()).mean().item(), abs=1e-3)
+    l = torch.linspace(lo, hi, 20001, dtype=torch.float64)
+    diffusion = 0.5 * torch.trapezoid(eps_error(w, l[:, None]).sum(1), l).item()
+    elbo = D.prior_kl(w.sqrt()[None], lo).item() + diffusion + D.reconstruction_nll(4, hi)  # x^2 = w
+    assert elbo == pytest.approx(0.5 * (math.log(2 * math.pi * math.e) + w.log()).sum().item(), abs=4e-3)
     t = D.stratified_times(n, torch.Generator().manual_seed(0))
     estimate = D.diffusion_nll(scalar_denoiser(w), w.sqrt() * normal(n, 4), t, normal(n, 4, seed=1), lo, hi)
     assert estimate.mean().item() == pytest.approx(diffusion, abs=4 * estimate.std().item() / math.sqrt(n))
-
-
-def discrete_bound(w, logsnrs):
-    """Closed form of the T-step bound for a scalar Gaussian: (all of it, the chain's part)."""
-    l = logsnrs[:-1]
-    error = torch.sigmoid(l) * w / (torch.sigmoid(l) * w + torch.sigmoid(-l))
-    kl = (0.5 * torch.expm1(logsnrs[1:] - l) * error).sum().item()
-    ends = D.prior_kl(f64([[math.sqrt(w)]]), logsnrs[0]).item() + D.reconstruction_nll(1, logsnrs[-1].item())
-    return kl + ends, kl
-
-
-def test_discrete_bound_decreases_to_the_continuous_one():
-    w = 0.3
-    entropy = 0.5 * math.log(2 * math.pi * math.e * w)
-    bounds = [
-        discrete_bound(w, torch.linspace(-30, 30, T + 1, dtype=torch.float64))[0]
-        for T in (10, 100, 1000, 10000)
-    ]
-    assert bounds == sorted(bounds, reverse=True) and 0 < bounds[-1] - entropy < 0.05
 
 
 def test_discrete_estimate_agrees_with_the_closed_form():
     w, n, grid = 0.3, 100_000, torch.linspace(-30, 30, 101, dtype=torch.float64)
     t, x = D.stratified_times(n, torch.Generator().manual_seed(0)), math.sqrt(w) * normal(n, 1)
     estimate = D.discrete_nll(scalar_denoiser(w), x, t, normal(n, 1, seed=1), grid)
-    error = estimate.std().item() / math.sqrt(n)
-    assert estimate.mean().item() == pytest.approx(discrete_bound(w, grid)[1], abs=4 * error)
+    exact = (0.5 * torch.expm1(grid[1:] - grid[:-1]) * eps_error(w, grid[:-1])).sum().item()
+    assert estimate.mean().item() == pytest.approx(exact, abs=4 * estimate.std().item() / math.sqrt(n))
+
+
+def test_likelihoods_leave_masked_entries_out():
+    x, eps, t = normal(3, 1), normal(3, 1, seed=1), f64([0.1, 0.5, 0.9])
+    wide, mask = torch.cat([x, 0 * x + 100], 1), f64([[1.0, 0.0]]).expand(3, 2)
+    close(D.prior_kl(wide, -3.0, mask), D.prior_kl(x, -3.0))
+    pair = torch.cat([eps, eps], 1)
+    masked = D.diffusion_nll(scalar_denoiser(0.3), wide, t, pair, -9.0, 9.0, mask)
+    close(masked, D.diffusion_nll(scalar_denoiser(0.3), x, t, eps, -9.0, 9.0))
 
 
 ODE_GRID = torch.linspace(14, -14, 401, dtype=torch.float64)
 
 
-def test_ode_likelihood_of_a_gaussian():
-    w = f64([0.05, 0.3, 1.0, 4.0])
-    x = w.sqrt() * normal(32, 4)
-    exact = (-0.5 * x**2 / w - 0.5 * (2 * math.pi * w).log()).sum(1)
-    assert ((D.ode_log_likelihood(scalar_denoiser(w), x, ODE_GRID) - exact) / 4).abs().max() < 1e-4
-    probes = torch.randint(0, 2, (4, 32, 4), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
-    estimate = D.ode_log_likelihood(scalar_denoiser(w), x, ODE_GRID, probes)
-    assert (estimate - exact).abs().max() < 1e-3  # a diagonal Jacobian: Hutchinson's probes are exact
-
-
 def test_ode_likelihood_of_a_mixture():
-    x = mixture_draw(64)[:, None]
-    got = D.ode_log_likelihood(mixture_denoiser, x, ODE_GRID)
-    assert (got - mixture_log_prob(x)[:, 0]).abs().max() < 1e-2
+    torch.manual_seed(0)
+    x = MIXTURE.sample((64, 1))
+    got = D.ode_log_likelihood(mixture_denoiser, x, ODE_GRID, torch.ones(1, 64, 1))
+    assert (got - MIXTURE.log_prob(x)[:, 0]).abs().max() < 1e-2
 
 
 def test_hutchinson_is_unbiased():
     law = some_law("dense", (1, 1, 2, 3))
     x = draws(law, 1)
-    mean, C = dense(law)
-    exact = torch.distributions.MultivariateNormal(mean, C).log_prob(x.flatten()).item()
-    probes = (
-        torch.randint(0, 2, (1, 256, *x.shape[1:]), generator=torch.Generator().manual_seed(1)).double() * 2
-        - 1
-    )
+    exact = torch.distributions.MultivariateNormal(*dense(law)).log_prob(x.flatten()).item()
+    axes = 6**0.5 * unit_clips(law)[:, None]
+    assert D.ode_log_likelihood(law.denoise, x, ODE_GRID, axes).item() == pytest.approx(exact, abs=0.01)
+    probes = normal(1, 256, *x.shape[1:]).sign()
     estimates = D.ode_log_likelihood(law.denoise, x.expand(256, -1, -1, -1, -1), ODE_GRID[::4], probes)
     error = estimates.std().item() / 16
     assert estimates.mean().item() == pytest.approx(exact, abs=3 * error + 1e-3) and error > 0.01
@@ -824,14 +631,13 @@ def test_hutchinson_is_unbiased():
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_an_observation_is_a_projection(factor):
-    x, mask = normal(2, 3, 2, 8, 12), (torch.rand(2, 3, 2, 8 // factor, 12 // factor) < 0.5).double()
-    known = D.Observation(mask * normal(*mask.shape, seed=1), mask, factor)
-    close(known.A(known.lift(known.y)), known.y)
+def test_project_gives_the_nearest_field_that_agrees(factor):
+    mask = (uniform(2, 3, 2, 8 // factor, 12 // factor) < 0.5).double()
+    x, known = normal(2, 3, 2, 8, 12), D.Observation(mask * normal(*mask.shape, seed=1), mask, factor)
     p = known.project(x)
     close(known.A(p), known.y)
-    close(known.known_part(known.known_part(x)), known.known_part(x))
-    assert ((p - x) * (known.lift(mask) == 0)).abs().max() == 0  # only known blocks move
+    hidden = known.project(normal(*x.shape, seed=2)) - p  # differences of fields that agree
+    assert ((p - x) * (hidden - known.lift(known.A(hidden)))).sum().abs() < 1e-9  # p - x is normal to them
 
 
 def test_conjugate_gradients_solve_each_sample_by_itself():
@@ -840,107 +646,76 @@ def test_conjugate_gradients_solve_each_sample_by_itself():
     b[1] = 0  # nothing to solve
 
     def solve(which):
-        return D.conjugate_gradients(lambda u: torch.einsum("bij,bj->bi", A[which], u), b[which], 40)
+        def product(u):
+            return torch.einsum("bij,bj->bi", A[which], u)
+
+        return D.conjugate_gradients(product, b[which], lambda r: r, 40)
 
     together = solve([0, 1, 2])
     close(together, torch.linalg.solve(A, b), rtol=1e-4, atol=1e-5)
     assert torch.equal(together[:1], solve([0])) and together[1].abs().max() == 0
 
 
-def drawn_law(wrap, law, known, num_steps=64):
-    """Mean and standard deviation of what DPM++ draws, exactly: it is linear in its first noise."""
-    shape, grid = law.variances.shape, D.Levels("logsnr", *law.emergence(5.0)).grid(num_steps)
-
-    def run(noise, y):
-        n = len(noise)
-        obs = D.Observation(y.expand(n, *y.shape[1:]), known.mask.expand(n, *y.shape[1:]), known.factor)
-        denoise, level = wrap(obs), grid[:1].expand(n)
-        z = D.diffuse(denoise(torch.zeros_like(noise), level), level, noise)
-        for z, _ in D.sample(denoise, z, grid, D.SAMPLERS["dpmpp"]):
-            pass
-        return obs.project(z).flatten(1)
-
-    mean = run(torch.zeros(1, *shape, dtype=torch.float64), known.y)[0]
-    basis = torch.eye(law.variances.numel(), dtype=torch.float64).view(-1, *shape)
-    return mean, run(basis, torch.zeros_like(known.y)).square().sum(0).sqrt()
-
-
 METHODS = {
     "imputation": lambda law, known: D.imputation(law.denoise, known),
-    "guidance, weight 3": lambda law, known: D.reconstruction_guidance(law.denoise, known, 3.0),
+    "guidance": lambda law, known: D.reconstruction_guidance(law.denoise, known, 3.0),
     "linear": lambda law, known: D.linear_matching(law.denoise, known, law),
 }
 
 
-def conditional_errors(law, kind, method):
-    """RMSE of the conditional mean and RMS standard deviation of the draws, both over the exact one."""
-    known = observe(draws(law, 1), kind)
-    mean, C = conditional(law, known)
-    std = C.diagonal().clamp(min=0).sqrt()
-    unknown = std > 1e-4
-    got_mean, got_std = drawn_law(partial(METHODS[method], law), law, known)
-    close(known.A(got_mean.view(1, *law.variances.shape)), known.y, rtol=0, atol=1e-12)  # met exactly
-    scale = std[unknown].square().mean().sqrt()
-    error = (got_mean - mean)[unknown].square().mean().sqrt() / scale
-    return float(error), float(got_std[unknown].square().mean().sqrt() / scale)
+@pytest.mark.parametrize("kind", ["cells", "means"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_observed_is_met_exactly(method, kind):
+    law = field_law(3, 4)
+    known, z = observe(draws(law, 2), kind), normal(2, *law.variances.shape, seed=5)
+    x_hat = METHODS[method](law, known)(z, f64([-4.0, 1.0]))
+    close(known.A(x_hat), known.y, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["frames", "every second", "cells", "means"])
 def test_linear_matching_draws_from_the_exact_conditional(kind):
+    """What DPM++ draws is linear in its first noise: its mean and standard deviation are known exactly."""
     law = field_law(4, 6)
-    mean, std = conditional_errors(law, kind, "linear")
-    assert mean < 0.02 and abs(std - 1) < 0.03
-    rough, wide = conditional_errors(law, kind, "imputation")
-    assert rough > 0.2 and wide > 1.08  # what the literature says of replacement: inconsistent, too wide
-
-
-@slow
-def test_conditional_table(capsys):
-    """Error of the conditional mean and spread of the draws, over the exact standard deviation."""
-    law, kinds = field_law(6, 6), ("frames", "every second", "cells", "means")
-    with capsys.disabled():
-        print(f"\n{'':<20}" + "".join(f"{kind:>16}" for kind in kinds))
-        for method in METHODS:
-            errors = [conditional_errors(law, kind, method) for kind in kinds]
-            print(f"{method:<20}" + "".join(f"{f'{m:.3f}, {s:.3f}':>16}" for m, s in errors))
-    assert errors
+    known, grid = observe(draws(law, 1), kind), D.Levels("logsnr", *law.emergence(5.0)).grid(64)
+    first = torch.cat([0 * law.variances[None], unit_clips(law)])
+    y = torch.cat([known.y, torch.zeros(len(first) - 1, *known.y.shape[1:])])
+    denoise = METHODS["linear"](law, D.Observation(y, known.mask.expand_as(y), known.factor))
+    level = grid[:1].expand(len(first))
+    z = D.diffuse(denoise(torch.zeros_like(first), level), level, first)
+    drawn = after(D.SAMPLERS["dpmpp"], denoise, z, grid).flatten(1)
+    (mean, C), std = conditional(law, known), drawn[1:].square().sum(0).sqrt()
+    unknown = C.diagonal() > 1e-8
+    scale = C.diagonal()[unknown].mean().sqrt()
+    assert (drawn[0] - mean)[unknown].square().mean().sqrt() < 0.02 * scale
+    assert (std[unknown].square().mean().sqrt() / scale).item() == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["cells", "means"])
 def test_matching_with_noisy_observations(kind):
     law = field_law(3, 4)
     known, z = observe(draws(law, 1), kind), torch.zeros(1, *law.variances.shape, dtype=torch.float64)
-    got = D.linear_matching(law.denoise, known, law, 0.5)(
-        z, f64([-25.0])
-    )  # in pure noise E[x | z, y] = E[x | y]
+    got = D.linear_matching(law.denoise, known, law, 0.5)(z, f64([-25.0]))  # pure noise: E[x | y]
     close(got.flatten(), conditional(law, known, 0.5)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_reconstruction_guidance_is_a_sum_per_sample():
     """White data: x_hat = g z, so grad |y - m x_hat|^2 = -2 g m (y - g z), whatever the neighbours."""
-    x, l, w = normal(3, 1, 3, 4, 4), f64([-3.0, 0.0, 2.0]), 0.3
-    known, z = observe(x, "cells"), normal(3, 1, 3, 4, 4, seed=2)
-    alpha, sigma = D.scales(l, z)
+    z, l, w = normal(3, 1, 3, 4, 4, seed=2), f64([-3.0, 0.0, 2.0]), 0.3
+    known, (alpha, sigma) = observe(normal(3, 1, 3, 4, 4), "means"), D.scales(l, z)
     g = alpha * w / (alpha**2 * w + sigma**2)
     guided = D.reconstruction_guidance(scalar_denoiser(w), known, 2.0)(z, l)
-    close(
-        guided, known.project(g * z + 2.0 * alpha * g * known.mask * (known.y - g * z)), rtol=1e-9, atol=1e-12
-    )
+    toward = known.lift(known.y - known.A(g * z)) / 4  # A' of means over four
+    close(guided, known.project(g * z + 2.0 * alpha * g * toward), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("factor", [1, 2])
-@pytest.mark.parametrize("step", ["ancestral", "ddim", "dpmpp_sde", "heun"])
+@pytest.mark.parametrize("factor,step", [(1, "ancestral"), (1, "dpmpp_sde"), (2, "ddim"), (2, "heun")])
 def test_imputed_entries_follow_the_forward_process(factor, step):
     """At every level the known part of z is N(alpha y, sigma^2), of block means that of a mean of noise."""
     y = torch.full((4000, 1, 1, 2 // factor, 2 // factor), 1.5, dtype=torch.float64)
     known, grid = D.Observation(y, torch.ones_like(y), factor), D.Levels("logsnr", -9.0, 6.0).grid(12)
-    generator = torch.Generator().manual_seed(3)
-
-    def noise(z):
-        return torch.randn(z.shape, generator=generator, dtype=z.dtype)
-
-    z = noise(torch.empty(4000, 1, 1, 2, 2, dtype=torch.float64))
-    run = D.sample(D.imputation(scalar_denoiser(0.3), known), z, grid, D.SAMPLERS[step], noise)
+    torch.manual_seed(3)
+    denoise = D.imputation(scalar_denoiser(0.3), known)
+    run = D.sample(denoise, normal(4000, 1, 1, 2, 2), grid, D.SAMPLERS[step])
     for (z, _), l in zip(run, grid[1:-1]):
         seen, (alpha, sigma) = known.A(z), D.alpha_sigma(l)
         error = float(sigma) / factor / math.sqrt(seen.numel())
@@ -948,37 +723,17 @@ def test_imputed_entries_follow_the_forward_process(factor, step):
         assert abs(seen.std() / (sigma / factor) - 1) < 0.06
 
 
-def test_classifier_guidance_is_bayes_rule():
-    """c = a x + noise observed: with log p(c | z) in closed form the guided estimate is E[x | z, c]."""
-    w, a, s, c = f64([2.0, 0.3]), f64([1.0, -2.0]), 0.7, 1.3
-    z, l = normal(5, 2), torch.linspace(-4, 4, 5, dtype=torch.float64)
-    alpha, sigma = D.scales(l, z)
-    gain, V = alpha * w / (alpha**2 * w + sigma**2), w * sigma**2 / (alpha**2 * w + sigma**2)
-    variance = (a**2 * V).sum(1) + s**2
-
-    def log_p(z, logsnr):
-        return -0.5 * (c - (a * gain * z).sum(1)) ** 2 / variance
-
-    expected = gain * z + V * a * ((c - (a * gain * z).sum(1)) / variance)[:, None]
-    close(D.classifier_guidance(scalar_denoiser(w), log_p)(z, l), expected)
-    close(D.classifier_guidance(scalar_denoiser(w), log_p, 0.0)(z, l), gain * z)
-
-
 def test_classifier_free_guidance_extrapolates():
-    z, l = torch.zeros(2, 1), torch.zeros(2)
+    z = torch.zeros(2, 1)
     guided = [
-        D.classifier_free(lambda z, l: z + 3, lambda z, l: z + 1, w)(z, l)[0, 0].item()
-        for w in (0.0, 1.0, 2.5)
+        D.classifier_free(lambda z, l: z + 3, lambda z, l: z + 1, w)(z, z[:, 0]) for w in (0.0, 1.0, 2.5)
     ]
-    assert guided == [1.0, 3.0, 6.0]
+    assert [g[0].item() for g in guided] == [1.0, 3.0, 6.0]
 
 
 def test_clip_keeps_x_hat_in_range():
-    denoise = D.clip(lambda z, l: 5 * z, -1.0, 1.0)
-    *_, (z, x_hat) = D.sample(
-        denoise, f64([[-3.0], [0.01]]), D.Levels().grid(8), D.single_step, torch.zeros_like
-    )
-    assert z.abs().max() <= 1 and x_hat.abs().max() <= 1
+    denoise = D.clip(lambda z, l: 5 * z, -1.0, 2.0)
+    assert denoise(f64([[-3.0, 0.1, 3.0]]), f64([0.0])).tolist() == [[-1.0, 0.5, 2.0]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -995,23 +750,24 @@ def small_unet(**config):
     return net.eval()
 
 
-@torch.no_grad()
-def test_unet_starts_at_zero():
-    assert model.UNet(model.Config(width=16))(torch.randn(1, 1, 2, 8, 8), torch.zeros(1)).abs().max() == 0
+def touched(net, z, l, cond, a, where):
+    """How much the network's answer changes with a[where], one cell of z or cond."""
+    base = net(z, l, cond)
+    a[where] += 1
+    changed = (net(z, l, cond) - base).abs()
+    a[where] -= 1
+    return changed
 
 
 @torch.no_grad()
-def test_unet_sees_everything_in_its_own_clip():
+@pytest.mark.parametrize("which", ["z", "cond"])
+def test_unet_sees_everything_in_its_own_clip(which):
     """From the last corner of the last frame: padding loses nothing, attention reaches everywhere."""
     net = small_unet(in_channels=2, cond_channels=1)
     z, l, cond = torch.randn(2, 2, 5, 9, 7), torch.tensor([-3.0, 2.0]), torch.randn(2, 1, 5, 9, 7)
-    base = net(z, l, cond)
-    for a in (z, cond):
-        a[0, 0, 4, 8, 6] += 1
-        changed = (net(z, l, cond) - base).abs()
-        a[0, 0, 4, 8, 6] -= 1
-        assert changed[0].amin() > 0 and changed[1].max() == 0
-    assert (net(z, l + 1, cond) - base).abs().amin() > 0
+    changed = touched(net, z, l, cond, {"z": z, "cond": cond}[which], (0, 0, 4, 8, 6))
+    assert changed[0].amin() > 0 and changed[1].max() == 0
+    assert (net(z, l + 1, cond) - net(z, l, cond)).abs().amin() > 0
 
 
 @torch.no_grad()
@@ -1025,7 +781,9 @@ def test_unet_does_not_depend_on_the_batch(T, H, W):
 @pytest.mark.parametrize("wrap", [True, False])
 def test_periodic_longitude_commutes_with_rotation(wrap):
     net, z, l = small_unet(wrap_x=wrap), torch.randn(1, 1, 3, 8, 16), torch.zeros(1)
+    before = net(z, l)
     net.position.weight.zero_()
+    assert (net(z, l) - before).abs().max() > 1e-3  # the network knows where it is, unless told not to
     assert torch.allclose(net(z.roll(4, -1), l), net(z, l).roll(4, -1), atol=1e-5) == wrap
 
 
@@ -1041,36 +799,16 @@ def test_wrapped_fields_have_no_seam():
 
 
 @torch.no_grad()
-def test_position_matters():
-    net, z, l = small_unet(), torch.zeros(1, 1, 2, 8, 8), torch.zeros(1)
-    centre = net(z, l)
-    net.position.weight.zero_()
-    assert (net(z, l) - centre).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_last_layer_sees_a_cell_and_its_neighbours():
+@pytest.mark.parametrize("which", ["z", "cond"])
+def test_last_layer_sees_a_cell_and_its_neighbours(which):
     net = small_unet(in_channels=1, cond_channels=1)
     net.features.weight.zero_()
     net.features.bias.zero_()  # nothing from the patches
     z, cond, l = torch.randn(2, 1, 4, 8, 8), torch.randn(2, 1, 4, 8, 8), torch.tensor([-4.0, 4.0])
-    for a in (z, cond):
-        base = net(z, l, cond)
-        a[0, 0, 1, 2, 3] += 1
-        changed = (net(z, l, cond) - base).abs() > 1e-6
-        a[0, 0, 1, 2, 3] -= 1
-        box = torch.zeros_like(changed)
-        box[0, 0, :3, :5, 1:6] = True
-        assert torch.equal(changed, box)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("L", [8, 200])
-def test_attention_is_that_of_the_textbook(L):
-    q, k, v = torch.randn(3, 4, 2, L, 16).bfloat16()
-    weights = (q.double() @ k.double().mT / 4).exp()
-    expected = weights @ v.double() / weights.sum(-1, keepdim=True)
-    assert (model.attend(q, k, v).double() - expected).abs().max() < 0.03
+    box = torch.zeros(2, 1, 4, 8, 8, dtype=torch.bool)
+    box[0, 0, :3, :5, 1:6] = True
+    changed = touched(net, z, l, cond, {"z": z, "cond": cond}[which], (0, 0, 1, 2, 3))
+    assert torch.equal(changed > 1e-6, box)
 
 
 @torch.no_grad()
@@ -1084,22 +822,10 @@ def test_time_attention_depends_on_differences():
 def test_norms_know_which_frame_is_wetter():
     size = torch.tensor([1.0, 5.0, 1.0, 2.0, 1.0, 3.0])[:, None, None, None]
     h, norm = torch.randn(6, 32, 4, 5) * size + 1, torch.nn.GroupNorm(2, 32)  # two clips of three frames
-    g = h.view(2, 3, 2, 16, 4, 5)
-    dims = (1, 3, 4, 5)
+    g, dims = h.view(2, 3, 2, 16, 4, 5), (1, 3, 4, 5)
     expected = (g - g.mean(dims, keepdim=True)) / (g.var(dims, correction=0, keepdim=True) + norm.eps).sqrt()
-    got = model.clip_norm(h.to(memory_format=torch.channels_last), norm, 3)
+    got = model.by_clip(norm, h.to(memory_format=torch.channels_last), 3)
     close(got, expected.view(6, 32, 4, 5), rtol=1e-4, atol=1e-5)
-
-
-def test_unet_compiles_without_a_break():
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    net, counter, z = small_unet(), CompileCounter(), torch.randn(2, 1, 4, 8, 8)
-    fast = torch.compile(net, backend=counter, fullgraph=True)
-    for l in (-3.0, 0.5, 7.0):  # new log-SNRs are new numbers, not new programs
-        close(fast(z, torch.full((2,), l)), net(z, torch.full((2,), l)))
-    assert counter.frame_count == 1
 
 
 def test_blocks_compile_once():
@@ -1110,7 +836,7 @@ def test_blocks_compile_once():
     net, z, graphs = small_unet(), torch.randn(2, 1, 4, 8, 8), []
     fast = copy.deepcopy(net)
     fast.compile_blocks("eager")
-    for l in (-3.0, 0.5, 7.0, 2.0):
+    for l in (-3.0, 0.5, 7.0):  # new log-SNRs are new numbers, not new programs
         a, b = (f(z, torch.full((2,), l)) for f in (fast, net))
         close(a, b)
         a.square().mean().backward()
@@ -1133,88 +859,78 @@ def test_checkpointed_activations_give_the_same_gradient():
 # the denoiser
 
 
-def small_denoiser(network, T=4, **options):
-    law = some_law("together", (1, T, 8, 8)).map(torch.Tensor.float)
-    return model.Denoiser(network, law, "v", T, torch.full((1, 1, 1, 1), -0.4), **options), law
+def small_denoiser(network, **options):
+    law = some_law("together", (1, 4, 8, 8)).map(torch.Tensor.float)
+    return model.Denoiser(network, law, "v", 4, torch.full((1, 1, 1, 1), -0.4), **options), law
+
+
+def noisy(T=4, logsnr=(-3.0, 2.0)):
+    return torch.randn(2, 1, T, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(logsnr)
+
+
+class Spy(torch.nn.Module):
+    """A network that notes what it is shown, and always answers the same."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.shown = answer, []
+
+    def forward(self, eps, logsnr, seen):
+        self.shown.append((eps, seen))
+        return self.answer.expand_as(eps).clone()
+
+
+def added(spy, z, l, **options):
+    """What the spy's answer adds to the Gaussian's."""
+    return small_denoiser(spy, **options)[0](z, l) - small_denoiser(Spy(torch.zeros(())))[0](z, l)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("T", [1, 3, 4, 11])
-def test_a_network_of_zeros_gives_the_answer_of_the_gaussian(T):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("T", [1, 4, 11])
+def test_an_untrained_network_gives_the_answer_of_the_gaussian(T):
     denoiser, law = small_denoiser(model.UNet(model.Config(cond_channels=2, width=16)))
-    z, l = torch.randn(2, 1, T, 8, 8), torch.tensor([-3.0, 2.0])
+    z, l = noisy(T)
     close(denoiser.denoise(z, l), law.frames(T).denoise(z, l), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_without_the_skip_the_network_is_all():
-    net = small_unet()
-    denoiser, _ = small_denoiser(net, linear_skip=False)
-    z, l = torch.randn(2, 1, 4, 8, 8), torch.tensor([-3.0, 2.0])
-    close(denoiser(z, l), net(z, l))
-
-
-class Spy(torch.nn.Module):
-    """A network that notes what it is shown, and says what f makes of it."""
-
-    def __init__(self, f):
-        super().__init__()
-        self.f, self.shown = f, []
-
-    def forward(self, eps, logsnr, seen):
-        self.shown.append((eps, seen))
-        return self.f(seen)
+    net, (z, l) = small_unet(), noisy()
+    close(small_denoiser(net, linear_skip=False)[0](z, l), net(z, l))
 
 
 @torch.no_grad()
 def test_the_network_is_shown_the_linear_estimates():
-    spy = Spy(lambda seen: seen[:, :1])
+    spy, (z, l), cond = Spy(torch.zeros(())), noisy(), torch.randn(2, 1, 4, 8, 8)
     denoiser, law = small_denoiser(spy)
-    z, l, cond = torch.randn(2, 1, 4, 8, 8), torch.tensor([-3.0, 2.0]), torch.randn(2, 1, 4, 8, 8)
     denoiser(z, l, cond)
     (eps, seen), (x_hat, eps_hat), (alpha, sigma) = spy.shown[0], law.estimates(z, l), D.scales(l, z)
     close(eps, eps_hat)
-    close(seen[:, :1], (x_hat - law.mean) / law.spread(l))
-    close(seen[:, 1:2], torch.asinh((z + 0.4 * alpha) / sigma))
-    close(seen[:, 2:], cond)
+    above = torch.asinh((z + 0.4 * alpha) / sigma)
+    close(seen, torch.cat([(x_hat - law.mean) / law.spread(l), above, cond], 1))
 
 
 @torch.no_grad()
 def test_what_is_added_is_scaled_by_the_envelope():
-    denoiser, law = small_denoiser(Spy(lambda seen: torch.ones_like(seen[:, :1])))
-    plain, _ = small_denoiser(Spy(lambda seen: torch.zeros_like(seen[:, :1])))
-    z, l = torch.randn(2, 1, 4, 8, 8), torch.tensor([-3.0, 2.0])
-    close(
-        denoiser(z, l) - plain(z, l),
-        law.field(law.envelope(l) * law.modes(torch.ones_like(z))),
-        rtol=1e-3,
-        atol=1e-4,
-    )
+    law, (z, l) = small_denoiser(None)[1], noisy()
+    expected = law.field(law.envelope(l) * law.modes(torch.ones_like(z)))
+    close(added(Spy(torch.ones(())), z, l), expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
 def test_a_long_clip_is_shown_in_pieces_that_fade():
-    at = torch.arange(4.0)[:, None, None]  # where in its piece a frame is
-    spy = Spy(lambda seen: at.expand(2, 1, 4, 8, 8).clone())
-    denoiser, law = small_denoiser(spy)
-    plain, _ = small_denoiser(Spy(lambda seen: torch.zeros_like(seen[:, :1])))
-    z, l = torch.randn(2, 1, 11, 8, 8), torch.tensor([40.0, 40.0])  # without noise the envelope is 1
-    added = (denoiser(z, l) - plain(z, l))[0, 0, :, 0, 0]
+    spy = Spy(torch.arange(4.0)[:, None, None])  # where in its piece a frame is
+    got = added(spy, *noisy(11, (40.0, 40.0)))[0, 0, :, 0, 0]  # without noise the envelope is 1
     # weights 1 3 3 1; (3, 1) of 4, frame 7 (1, 3, 1) of 5, frame 8 (3, 3) of 6
-    close(added, torch.tensor([0, 1, *[1.5] * 5, 1.2, 1.5, 2.25, 3]), rtol=1e-3, atol=1e-3)
+    close(got, torch.tensor([0, 1, *[1.5] * 5, 1.2, 1.5, 2.25, 3]), rtol=1e-3, atol=1e-3)
     assert len(spy.shown) == 5 and all(eps.shape[2] == 4 for eps, _ in spy.shown)
 
 
 @torch.no_grad()
 def test_nothing_is_added_where_there_never_are_data():
-    valid = torch.ones(1, 1, 8, 8)
-    valid[..., :4] = 0
-    denoiser, _ = small_denoiser(Spy(lambda seen: torch.ones_like(seen[:, :1])), valid=valid)
-    plain, _ = small_denoiser(Spy(lambda seen: torch.zeros_like(seen[:, :1])))
-    z, l = torch.randn(2, 1, 4, 8, 8), torch.tensor([40.0, 40.0])
-    added = denoiser(z, l) - plain(z, l)
-    close(added, valid.expand_as(added), rtol=1e-3, atol=1e-3)
+    valid = (torch.arange(8) >= 4).float().expand(1, 1, 8, 8)
+    got = added(Spy(torch.ones(())), *noisy(logsnr=(40.0, 40.0)), valid=valid)
+    close(got, valid.expand_as(got), rtol=1e-3, atol=1e-3)
 
 
 def test_a_denoiser_takes_its_gaussian_along():
