@@ -6,7 +6,6 @@ of them in a row, (C, T, H, W). NaN is no data. Bad input raises InputError: one
 found and what mends it.
 """
 
-import itertools
 import math
 import os
 import re
@@ -18,6 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+
+try:  # needed for files
+    import cf_xarray  # noqa: F401, adds Dataset.cf
+    import cftime
+    import xarray as xr
+except ImportError:
+    xr = None
 
 
 class InputError(ValueError):
@@ -38,9 +44,8 @@ def spectrum(size):
     """Variance, decay rate per hour and phase per hour of every Fourier mode, (M, M) each, M = 2 size.
 
     z_k(t + h) = exp(-r_k h - i k.U h) z_k(t) + sqrt(S_k (1 - exp(-2 r_k h))) xi on a doubly periodic box
-    twice as wide as the domain, so that the cropped domain is not periodic; S_k ~ (k^2 + (2 pi / ell)^2)^-2,
-    total variance 1 (Sigrist, Kunsch and Stahel 2012; Hottovy and Stechmann 2015). The Nyquist modes are left
-    out.
+    twice as wide as the domain, so that the domain is not periodic; S_k ~ (k^2 + (2 pi / ell)^2)^-2, total
+    variance 1 (Sigrist, Kunsch and Stahel 2012; Hottovy and Stechmann 2015). The Nyquist modes are left out.
     """
     M = 2 * size
     k = 2 * math.pi * torch.fft.fftfreq(M, CELL_KM, dtype=torch.float64)  # (M,) radians per km
@@ -85,9 +90,8 @@ def latent_modes(frames, size):
 
 def orography(size):
     """The smooth rain factor s(y, x): hills in the west, a rain shadow behind them. (size, size) float32"""
-    grid = (np.arange(size) + 0.5) / size
-    y, x = np.meshgrid(grid, grid, indexing="ij")
-    s = 0.9
+    x = (np.arange(size) + 0.5) / size
+    y, s = x[:, None], 0.9
     for height, y0, x0, width in ((0.9, 0.35, 0.25, 0.12), (0.6, 0.7, 0.4, 0.15), (-0.35, 0.45, 0.7, 0.2)):
         s = s + height * np.exp(-((y - y0) ** 2 + (x - x0) ** 2) / (2 * width**2))
     return s.astype(np.float32)
@@ -109,34 +113,24 @@ def rain_cdf(q, size):
     return np.mean([normal_cdf(threshold(season) + root) for season in range(4)], axis=0)
 
 
-def rain_products(rho):
-    """E[(z - c)^p (z' - c)^p] over the wet, of latent values with correlation rho (any shape), averaged over
-    the year.
+def rain_coefficients():
+    """Hermite coefficients a_n of max(0, z - c)^POWER by season, (4, 300).
 
-    The sum over n of a_n^2 rho^n with a_n the Hermite coefficients of the power (Mehler); they fall as n^-2,
-    so that the 300 used leave less than 1e-5 of it at rho = 1.
+    a_0 is its mean, and E[f(z) f(z')] = sum a_n^2 rho^n where z and z' have correlation rho (Mehler); they
+    fall as n^-2, so that those left out are less than 1e-5 of the sum at rho = 1.
     """
-    z, squares = np.linspace(0, 12, 20001), 0
+    z, a = np.linspace(0, 12, 20001), np.zeros((4, 300))
     for season in range(4):
         u, before, h = z + threshold(season), 0.0, np.ones_like(z)
-        density, a = z**POWER * np.exp(-(u**2) / 2) / math.sqrt(2 * math.pi), []
+        density = z**POWER * np.exp(-(u**2) / 2) / math.sqrt(2 * math.pi)
         for n in range(300):  # normalised Hermite polynomials h_n
-            a.append(np.trapezoid(density * h, z))
+            a[season, n] = np.trapezoid(density * h, z)
             before, h = h, (u * h - math.sqrt(n) * before) / math.sqrt(n + 1)
-        squares = squares + np.array(a) ** 2 / 4
-    return np.polynomial.polynomial.polyval(np.asarray(rho), squares)
-
-
-def rain_moment(n, size):
-    """Exact E[R^n] of `climate` in every cell, over whole years: (size, size)"""
-    z = np.linspace(0, 12, 20001)
-    wet = [np.trapezoid(z ** (n * POWER) * np.exp(-((z + threshold(k)) ** 2) / 2), z) for k in range(4)]
-    return (RATE * orography(size).astype(np.float64)) ** n * np.mean(wet) / math.sqrt(2 * math.pi)
+    return a
 
 
 def rings(power):
-    """Radial average of the power (H, W) of fft2's waves by wavenumber in cycles per cell: two (K,)
-    arrays."""
+    """Radial average of the power (H, W) of fft2's waves by wavenumber in cycles per cell: two (K,) arrays."""
     H, W = power.shape
     n = min(H, W)
     ring = np.rint(np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W)) * n).astype(int)
@@ -148,32 +142,29 @@ def rings(power):
 def rain_law(size, frames, levels, dry=0.01):
     """Exact statistics of `climate` over whole years, all cells together, by name: mean, std, dry (share of
     values up to `dry` mm/h), quantiles at the levels (below 1), autocorrelation at lags 0 .. frames - 1,
-    spatial_power (see rings) and temporal_power (as |rfft|^2 / frames without the mean), and map, the mean of
-    every cell (size, size)."""
-    p = RATE * orography(size).astype(np.float64)
+    spatial_power (see rings), temporal_power (|rfft|^2 / frames without the mean), and map, the mean of every
+    cell (size, size)."""
+    p, a = RATE * orography(size).astype(np.float64), rain_coefficients()
     low, high = np.zeros(len(levels)), np.full(len(levels), p.max() * 10**POWER)
     for _ in range(60):  # bisection
         middle = (low + high) / 2
         below = rain_cdf(middle, size).mean((1, 2)) < levels
         low, high = np.where(below, middle, low), np.where(below, high, middle)
-    mean = rain_moment(1, size).mean()
-    variance = rain_moment(2, size).mean() - mean**2
-    lagged = rain_products(lag_covariance(frames, size))  # (frames, 2 size, 2 size)
+    mean, lags = a[:, 0].mean() * p, np.arange(frames)
+    lagged = np.polynomial.polynomial.polyval(lag_covariance(frames, size).numpy(), (a**2).mean(0))
     in_time = (p**2).mean() * lagged[:, 0, 0]
     pairs = np.fft.ifft2(np.abs(np.fft.fft2(p, (2 * size, 2 * size))) ** 2).real * lagged[0]  # summed by lag
     in_space = np.fft.fft2(pairs.reshape(2, size, 2, size).sum((0, 2))).real / size**2
-    waves, t = np.fft.rfft(np.eye(frames), axis=0), np.arange(frames)
-    covariance = in_time[abs(np.subtract.outer(t, t))]  # (T, T)
-    temporal = np.einsum("kt,tu,ku->k", waves, covariance, waves.conj()).real / frames
+    variance = in_time[0] - mean.mean() ** 2
     return {
-        "mean": mean,
+        "mean": mean.mean(),
         "std": math.sqrt(variance),
         "dry": rain_cdf([dry], size).mean(),
         "quantiles": high.round(9),
-        "map": rain_moment(1, size),
-        "autocorrelation": (in_time - mean**2) / variance,
+        "map": mean,
+        "autocorrelation": (in_time - mean.mean() ** 2) / variance,
         "spatial_power": rings(in_space)[1],
-        "temporal_power": temporal[1:],
+        "temporal_power": np.fft.rfft(in_time * (1 - lags / frames) * np.where(lags, 2, 1)).real[1:],
     }
 
 
@@ -181,8 +172,8 @@ def generate(path, kind, size, seed):
     """Write the built-in data: (SEASONS, SEASON_HOURS, size, size) float16 .npy, through a temporary file.
 
     Season k + 5 of every ten is season k with its latent field negated (both train or both test). Each has
-    the exact law by itself; together their mean is exact, and that is most of the record's own sampling error
-    (the slow k = 0 mode).
+    the exact law by itself; together their mean is exact, most of the record's own sampling error (the slow k
+    = 0 mode).
     """
     S, rate, phase = spectrum(size)
     generator = torch.Generator().manual_seed(seed)
@@ -221,10 +212,9 @@ def builtin(kind, size, seed, folder="data"):
     hours = (np.arange(SEASONS)[:, None] * 90 * 24 + np.arange(SEASON_HOURS)).ravel()  # years of 360 days
     km = {"units": "km", "long_name": "distance"}
     coords = {d: {"dims": [d], "values": np.arange(size) * CELL_KM, "attrs": km} for d in ("y", "x")}
+    name, attrs = "z", {"units": "1"}
     if kind == "climate":
         name, attrs = "rain", {"units": "mm h-1", "long_name": "rain rate"}
-    else:
-        name, attrs = "z", {"units": "1"}
     extras = {"orography": orography(size), "season": np.repeat(np.arange(SEASONS) % 4, SEASON_HOURS)}
     layout = Layout([name], [attrs], coords=coords, calendar="360_day")
     return Record(layout, [Piece({name: array})], hours, extras, SEASON_HOURS)
@@ -233,11 +223,10 @@ def builtin(kind, size, seed, folder="data"):
 # ------------------------------------------------------------------------------------------------------------
 # the grid of a record, and the record itself
 
+EPOCH = "hours since 1970-01-01"  # of Record.hours
 UNDATED = ("none", "frames")  # calendars of records without dates: hours from the start, or numbers of frames
 RESERVED = ("time", "realization", "forecast_reference_time", "channel", "samples", "units", "dims", "file")
-SAME_UNIT = dict.fromkeys("°C C celsius deg_C degree_C degree_celsius degrees_celsius".split(), "degC")
-SAME_UNIT |= dict.fromkeys("kelvin degK deg_K degree_K".split(), "K") | dict.fromkeys(("day", "days"), "d")
-SAME_UNIT |= dict.fromkeys(("hr", "hour", "hours"), "h") | {"sec": "s", "second": "s", "percent": "%"}
+UNITS = {"degC": "°c|(deg(ree)?s?_?)?c(elsius)?", "K": "(deg_?)?k(elvin)?", "d": "days?", "h": "hr|hours?"}
 
 
 def canonical(units):
@@ -245,7 +234,10 @@ def canonical(units):
     text = re.sub(r"\*\*|\^|\*", "", str(units).translate(str.maketrans("⁻¹²³·.", "-123  ")))
     text = re.sub(r"/\s*([^\W\d]+)(\d*)", lambda m: f" {m[1]}-{m[2] or 1}", text)
     words = [re.fullmatch(r"(.*?)(-?\d*)", word).groups() for word in text.split()]
-    return sorted(SAME_UNIT.get(unit, SAME_UNIT.get(unit.lower(), unit)) + power for unit, power in words)
+    same = [
+        (next((u for u, p in UNITS.items() if re.fullmatch(p, w.lower())), w), power) for w, power in words
+    ]
+    return sorted(same)
 
 
 def is_degrees(coord):
@@ -259,20 +251,25 @@ def cell_width(values):
     return float(max(widths, default=1.0)) or 1.0
 
 
-def same_places(a, b, period):
-    """True where coordinates (n,) or (H, W) agree to a hundredth of a cell; those missing in both agree."""
+def distance(a, b, period):
+    """|a - b|, round the circle if there is a period; 0 where both are missing."""
     d = np.where(np.isnan(a) & np.isnan(b), 0.0, np.abs(a - b))
-    d = np.minimum(d % period, period - d % period) if period else d
-    return bool((d <= cell_width(a) / 100).all())
+    return np.minimum(d % period, period - d % period) if period else d
 
 
-def places(coord, period, factor=1):
+def places(coord, period=None, factor=1):
     """The values of a coordinate, float64; factor: of the grid whose cells are blocks of so many cells."""
     values = np.asarray(coord["values"], np.float64)
     for axis in range(values.ndim) if factor > 1 else ():
         values = np.unwrap(values, period=period, axis=axis) if period else values
         values = values.reshape(*values.shape[:axis], -1, factor, *values.shape[axis + 1 :]).mean(axis + 1)
     return values
+
+
+def block_means(x, n):
+    """Means over n x n cells of x (..., H, W)."""
+    *front, H, W = x.shape
+    return x.reshape(*front, H // n, n, W // n, n).mean((-3, -1))
 
 
 def step_tolerance(step):
@@ -321,13 +318,13 @@ class Layout:
         """True if x is a longitude that goes all the way round."""
         if not self.is_angle(1) or self.size[1] < 4:
             return False
-        step = np.diff(np.asarray(self.axis(1)["values"], np.float64))
+        step = np.diff(places(self.axis(1)))
         width = abs(step[0])
         return bool(np.ptp(step) < 0.01 * width and abs(width * (len(step) + 1) - 360) < width / 2)
 
     def area(self):
         """Area of a cell by row, (H,), where y is a latitude; else None."""
-        return np.cos(np.deg2rad(places(self.axis(0), None))).clip(0) if self.is_angle(0) else None
+        return np.cos(np.deg2rad(places(self.axis(0)))).clip(0) if self.is_angle(0) else None
 
     def north_up(self, x):
         """x (..., H, W) with its rows turned round if the y coordinate increases, for pictures."""
@@ -344,123 +341,121 @@ class Layout:
         coords = {k: {**c, "values": c["values"].numpy()} for k, c in state["coords"].items()}
         return cls(**{**state, "dims": tuple(state["dims"]), "size": tuple(state["size"]), "coords": coords})
 
-    def match(self, other, what, factor=1, reference="the checkpoint"):
+    def match(self, other, what, factor=1, reference="the checkpoint", step=True):
         """Which rows and columns of `other` are this grid's, ((H,), (W,)), where only their order differs;
         else None.
 
         other: the Layout of `what`, at 1 / factor of the resolution. Raises InputError, naming what differs:
-        names, units, size, coordinates (1/100 cell), calendar, step (a tenth). What one does not know is not
+        step (a tenth), names, units, calendar, size, coordinates (1/100 cell). What one does not know is not
         compared.
         """
-        known = "frames" not in (self.calendar, other.calendar)
-        if known and abs(other.step_hours - self.step_hours) > step_tolerance(self.step_hours):
-            theirs, ours = duration(other.step_hours), duration(self.step_hours)
-            raise InputError(
-                f"{what} has a frame every {theirs}; {reference} needs one every {ours}: resample it"
-            )
-        return self.order(other, what, factor, reference)
 
-    def order(self, other, what, factor=1, reference="the checkpoint"):
-        """`match` without the step."""
-        named, size = self.named and other.named, tuple(n / factor for n in self.size)
-        if len(other.names) != len(self.names) or (named and other.names != self.names):
+        def refuse(theirs, ours, mend):
+            raise InputError(f"{what} has {theirs}; {reference} has {ours}: {mend}")
+
+        if step and "frames" not in (self.calendar, other.calendar):
+            if abs(other.step_hours - self.step_hours) > step_tolerance(self.step_hours):
+                steps = (f"a frame every {duration(layout.step_hours)}" for layout in (other, self))
+                refuse(*steps, "resample it")
+        if len(other.names) != len(self.names) or (self.named and other.named and other.names != self.names):
             both = ",".join(n for n in self.names if n in other.names)
             mend = (
                 f"choose --variables={both}" if both else "all must have the same (cdo merge, xarray.merge)"
             )
-            theirs = f"{', '.join(other.names)}; {reference} has {', '.join(self.names)}"
-            raise InputError(f"{what} has variables {theirs}: {mend}")
+            refuse(f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
         for name, a, b in zip(self.names, self.attrs, other.attrs):
             if "units" in a and "units" in b and canonical(a["units"]) != canonical(b["units"]):
-                units = f"{name} in {b['units']}, {reference} in {a['units']}"
-                raise InputError(f"{what} has {units}: convert it first")
+                refuse(f"{name} in {b['units']}", a["units"], "convert it first")
         if self.dated and other.dated and self.calendar != other.calendar:
-            calendars = f"calendar {other.calendar}, {reference} has {self.calendar}"
-            raise InputError(f"{what} has {calendars}: convert it, cdo setcalendar or ds.convert_calendar")
+            mend = "convert it, cdo setcalendar or ds.convert_calendar"
+            refuse(f"calendar {other.calendar}", self.calendar, mend)
+        size = tuple(n / factor for n in self.size)
         if tuple(other.size) != size:
-            grids = f"a grid of {by(other.size)}, {reference} of {by(size)}"
-            raise InputError(f"{what} has {grids}: select or regrid the same cells")
-        rows, columns = (self.order_along(i, other, what, factor, reference) for i in (0, 1))
-        for r, c in itertools.product((rows, rows[::-1]), (columns, columns[::-1])):
-            wrong = self.misplaced(other, r, c, factor)
-            if not wrong:
-                return None if (np.diff(r) == 1).all() and (np.diff(c) == 1).all() else (r, c)
-        raise InputError(f"{what} has other {wrong} than {reference}: select or regrid the same cells")
+            refuse(f"a grid of {by(other.size)}", by(size), "select or regrid the same cells")
+        order, wrong = self.order(other, factor)
+        if wrong:
+            name, *ends = wrong
+            spans = (f"{v.flat[0]:g} to {v.flat[-1]:g}" for v in ends)
+            refuse(f"{name} {next(spans)}", next(spans), "select or regrid the same cells")
+        return order
 
-    def misplaced(self, other, rows, columns, factor):
-        """A coordinate (H, W) of both that differs in this order of rows and columns, or ""."""
+    def order(self, other, factor):
+        """`match` of the coordinates: the order, and of one that differs (name, the other's values, ours)."""
+        order, pairs = [], []  # pairs: name, values of both, axes, period
+        for i in (0, 1):
+            a, b = self.axis(i), other.axis(i)
+            order.append(np.arange(int(other.size[i])))
+            if a is not None and b is not None:
+                period = 360 if i == 1 and (self.is_angle(1) or other.is_angle(1)) else None
+                ours, theirs = places(a, period, factor), places(b)
+                if not (distance(ours, theirs, period) <= cell_width(ours) / 100).all():
+                    order[i] = distance(ours[:, None], theirs, period).argmin(1)
+                pairs.append((next(k for k, c in other.coords.items() if c is b), theirs, ours, [i], period))
         for name, c in self.coords.items():
             if len(c["dims"]) == 2 and name in other.coords:
                 period = 360 if is_degrees(c) else None
-                theirs = places(other.coords[name], period)[np.ix_(rows, columns)]
-                if not same_places(places(c, period, factor), theirs, period):
-                    return name
-        return ""
-
-    def order_along(self, i, other, what, factor, reference):
-        """Which indices of the other's axis are this one's: the order alone may differ, longitudes by 360."""
-        a, b = self.axis(i), other.axis(i)
-        if a is None or b is None:
-            return np.arange(int(other.size[i]))
-        period = 360 if i == 1 and (self.is_angle(1) or other.is_angle(1)) else None
-        own, theirs = places(a, period, factor), places(b, period)
-        order = np.arange(len(own))
-        if same_places(own, theirs, period):
-            return order
-        start = own.min() - cell_width(own) / 2  # where to cut the circle
-        p, q = ((v - start) % period if period else v for v in (own, theirs))
-        order[np.argsort(p, kind="stable")] = np.argsort(q, kind="stable")
-        if same_places(own, theirs[order], period):
-            return order
-        name = next(k for k, c in other.coords.items() if c is b)
-        span = f"{name} {theirs[0]:g} to {theirs[-1]:g}, {reference} {own[0]:g} to {own[-1]:g}"
-        raise InputError(f"{what} has {span}: select or regrid the same cells")
+                pairs.append((name, places(other.coords[name]), places(c, period, factor), [0, 1], period))
+        for name, theirs, ours, axes, period in pairs:
+            d = distance(ours, theirs[np.ix_(*(order[i] for i in axes))], period)
+            if not (d <= cell_width(ours) / 100).all():
+                return None, (name, theirs, ours)
+        return None if all((np.diff(o) == 1).all() for o in order) else tuple(order), None
 
 
 @dataclass
 class Piece:
-    """A stretch of frames of one source: {name: array-like (n, H, W)}; order: which (rows, columns) to
-    read."""
+    """A stretch of frames of one source: {name: array-like (n, H, W), or (H, W) of a single frame}."""
 
     arrays: dict
     source: str = ""
-    order: tuple = None
 
     def __len__(self):
-        return next(iter(self.arrays.values())).shape[0]
+        array = next(iter(self.arrays.values()))
+        return array.shape[0] if array.ndim == 3 else 1
 
     def read(self, names, start, stop):
         """Frames [start, stop) of variables, (C, T, H, W) float32."""
-        x = np.stack([np.asarray(self.arrays[n][start:stop], np.float32) for n in names])
-        return x if self.order is None else x[..., self.order[0][:, None], self.order[1]]
+        arrays = [self.arrays[n] for n in names]
+        x = np.stack([np.asarray(a[start:stop] if a.ndim == 3 else a, np.float32) for a in arrays])
+        return x.reshape(len(names), stop - start, *x.shape[-2:])
 
-    def like(self, order, names):
-        """With rows and columns in another order, if it is not None, and variables under other names."""
-        mine, arrays = self.order, {names.get(k, k): a for k, a in self.arrays.items()}
-        if order is not None and mine is not None:
-            order = mine[0][order[0]], mine[1][order[1]]
-        return Piece(arrays, self.source, mine if order is None else order)
+    def renamed(self, names):
+        return Piece({names.get(k, k): a for k, a in self.arrays.items()}, self.source)
 
 
+@dataclass(eq=False)
 class Record:
     """Frames of C variables on one grid, read piece by piece; large arrays stay on disk.
 
-    layout: size and step_hours are set here; pieces: list of Piece; hours: (N,) in hours_since of the
-    calendar; extras: {name: array-like (H, W), (N,) or (N, H, W)}, what a model may be told; block: frames
-    per block of the split, or None; index: (N,) where in the pieces a frame lies; notes: one line each of
-    what was assumed, sorted or left out.
+    layout: size and step_hours are set here; pieces: list of Piece; hours: (N,) since EPOCH in the calendar;
+    extras: {name: array-like (H, W), (N,) or (N, H, W)}, what a model may be told; block: frames per block of
+    the split, or None; index: (N,) where in the pieces a frame lies; member: (N,) numbers of the independent
+    series in it; order: which (rows, columns) to read, None for all; coarsen: frames are means over so many cells square; notes: one line each of what was
+    assumed, sorted or left out.
     """
 
-    def __init__(self, layout, pieces, hours, extras=None, block=None, index=None, notes=()):
-        self.pieces, self.hours, self.block = pieces, np.asarray(hours, np.float64), block
-        self.ends, self.notes = np.cumsum([len(p) for p in pieces]), list(notes)
-        self.index = np.arange(len(self.hours)) if index is None else index
-        steps = np.diff(self.hours)
+    layout: Layout
+    pieces: list
+    hours: np.ndarray
+    extras: dict = field(default_factory=dict)
+    block: int = None
+    index: np.ndarray = None
+    member: np.ndarray = None
+    order: tuple = None
+    notes: list = field(default_factory=list)
+    coarsen: int = 1
+
+    def __post_init__(self):
+        self.hours, first = np.asarray(self.hours, np.float64), self.pieces[0].arrays
+        self.ends = np.cumsum([len(p) for p in self.pieces])
+        self.index = np.arange(len(self)) if self.index is None else self.index
+        self.member = np.zeros(len(self), int) if self.member is None else self.member
+        steps = np.diff(self.hours)[np.diff(self.member) == 0]
         step = float(np.median(steps[steps > 0])) if (steps > 0).any() else math.nan
-        size = tuple(int(n) for n in pieces[0].arrays[layout.names[0]].shape[1:])
-        self.layout = replace(layout, size=size, step_hours=step)
-        more = [k for k in pieces[0].arrays if k not in layout.names and all(k in p.arrays for p in pieces)]
-        self.extras = {**(extras or {}), **{k: Told(self, k) for k in more}}
+        size = tuple(int(n) // self.coarsen for n in first[self.layout.names[0]].shape[-2:])
+        self.layout = replace(self.layout, size=size, step_hours=step)
+        more = [k for k in first if k not in self.layout.names and all(k in p.arrays for p in self.pieces)]
+        self.extras = {**self.extras, **{k: Told(self, k) for k in more}}
 
     def __len__(self):
         return len(self.hours)
@@ -476,13 +471,26 @@ class Record:
             first = at[part[0]] - end + len(p)
             parts.append(p.read(names or self.layout.names, first, first + len(part)))
         x = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+        x = x if self.order is None else x[..., self.order[0][:, None], self.order[1]]
         missing = ~(np.abs(x) < 9.9e36)
-        return np.where(missing, np.float32(np.nan), x) if missing.any() else x
+        x = np.where(missing, np.float32(np.nan), x) if missing.any() else x
+        return x if self.coarsen == 1 else block_means(x, self.coarsen)
 
     def gaps(self):
         """(N - 1,) True where frame i + 1 does not follow frame i by the usual step."""
         step = self.layout.step_hours
-        return ~(np.abs(np.diff(self.hours) - step) <= step_tolerance(step))
+        usual = np.abs(np.diff(self.hours) - step) <= step_tolerance(step)
+        return ~usual | (np.diff(self.member) != 0)
+
+    def coarsened(self, n):
+        """The record of its means over n x n cells, NaN where one of them is missing. Raises InputError."""
+        (H, W), coords = self.layout.size, {}
+        if H % n or W % n:
+            raise InputError(f"--coarsen={n} does not divide the grid of {H} x {W}")
+        for k, c in self.layout.coords.items():
+            coords[k] = c | {"values": places(c, 360 if is_degrees(c) else None, n)} if c["dims"] else c
+        extras = {k: block_means(v, n) if v.ndim == 2 else v for k, v in self.extras.items() if v.ndim < 3}
+        return replace(self, layout=replace(self.layout, coords=coords), extras=extras, coarsen=n)
 
     def extent(self):
         """Number of frames, first and last hour: what the held-out part depends on."""
@@ -492,7 +500,7 @@ class Record:
         """This record under the names and in the order of rows and columns of another layout, frame numbers
         as hours of its step. Raises InputError where they differ in more than order (Layout.match)."""
         order, names = layout.match(self.layout, what, factor), dict(zip(self.layout.names, layout.names))
-        pieces = [p.like(order, names) for p in self.pieces]
+        pieces = [p.renamed(names) for p in self.pieces]
         extras = {k: v for k, v in self.extras.items() if not isinstance(v, Told)}
         if order is not None:
             extras = {k: v[np.ix_(*order)] if v.ndim == 2 else v for k, v in extras.items()}
@@ -501,7 +509,8 @@ class Record:
             own = replace(own, dims=layout.dims, coords=layout.coords)
         if own.calendar == "frames" and layout.calendar != "frames":
             hours, own = hours * layout.step_hours, replace(own, calendar="none")
-        return Record(own, pieces, hours, extras, self.block, self.index, self.notes)
+        order = self.order if order is None else order
+        return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras, order=order)
 
 
 @dataclass
@@ -523,88 +532,79 @@ class Told:
 # ------------------------------------------------------------------------------------------------------------
 # reading times
 
-SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "millisecond": 1e-3, "s": 1, "sec": 1, "second": 1, "min": 60}
-SECONDS |= {"minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "d": 86400, "day": 86400, "week": 604800}
-MONTHS = {"month": 1, "mon": 1, "year": 12, "yr": 12, "common_year": 12}
-CALENDARS = {"": "standard", "gregorian": "standard", "360": "360_day", "365": "noleap", "365_day": "noleap"}
-CALENDARS |= {"366": "all_leap", "366_day": "all_leap"}
-
-
-def hours_since(calendar):
-    """Units of Record.hours: since numpy's epoch in its calendar, in others since 1850."""
-    return f"hours since {1970 if calendar == 'standard' else 1850}-01-01"
-
-
-def unit_of(word, table):
-    word = word.strip().lower()
-    return table.get(word, table.get(word.removesuffix("s")))
+CALENDARS = {
+    "": "standard",
+    "gregorian": "standard",
+    "360": "360_day",
+    "365_day": "noleap",
+    "366_day": "all_leap",
+}
 
 
 def decode_times(values, attrs):
-    """Times of any kind (n,) as hours (n,) float64 and calendar: datetimes, texts, numbers with CF units,
-    months or years since, dates as numbers (20200131.5). "none": hours without dates; "frames": steps of no
-    known length."""
-    if values.dtype.kind in "Mm":
-        ticks = values.astype(f"{values.dtype.kind}8[us]").astype(np.float64) / 3.6e9
-        return np.where(np.isnat(values), np.nan, ticks), "standard" if values.dtype.kind == "M" else "none"
-    units, calendar = str(attrs.get("units", "")).strip(), str(attrs.get("calendar", "")).lower()
-    if values.dtype.kind in "SUOT":  # ISO dates, with any separators
+    """Times of any kind (n,) as hours since EPOCH (n,) float64 and calendar: datetimes, numbers with CF
+    units, dates as texts or numbers (20200131.5). "none": hours without dates; "frames": steps of no known
+    length."""
+    kind, units = values.dtype.kind, str(attrs.get("units", "")).strip()
+    if kind in "Mm":
+        ticks = values.astype(f"{kind}8[us]").astype(np.float64) / 3.6e9
+        return np.where(np.isnat(values), np.nan, ticks), "standard" if kind == "M" else "none"
+    if kind in "SUOT":
         texts = [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values]
-        units = "" if all(re.match(r"\s*\d{4}-?\d\d", t) for t in texts) else "text"
-        values = np.array([math.nan if units else float(re.sub(r"\D", "", t)[:14]) for t in texts])
+        dates = all(re.match(r"\s*\d{4}-?\d\d", t) for t in texts)
+        values = np.array([float(re.sub(r"\D", "", t)[:14]) if dates else math.nan for t in texts])
+        units = "as %" if dates else ""
     v = values.astype(np.float64)
     v = np.where(np.abs(v) < 2.0**63, v, np.nan)  # numpy's "not a time" as an integer
+    word, *since = re.split(r"\s+since\s+", units.lower(), maxsplit=1)
+    unit, calendar = unit_hours(word), str(attrs.get("calendar", "")).lower()
+    calendar = CALENDARS.get(calendar, calendar)
+    if unit and not since:
+        return v * unit, "none"
     try:
-        hours, calendar = dated_hours(v, units, CALENDARS.get(calendar, calendar))
-        if calendar != "proleptic_gregorian" or np.nanmin(hours, initial=0) < -2.3e6:
-            return hours, calendar
-        return hours - 43829 * 24, "standard"  # from 1583 on the two are one, whose epoch is 1970
-    except (ValueError, TypeError, OverflowError):
-        pass  # no date, or one that nobody knows: the steps may be known all the same
-    unit = unit_of(re.split(" since ", units, flags=re.IGNORECASE)[0], SECONDS)
-    if unit is not None:
-        return v * unit / 3600, "none"
-    steps = np.abs(np.diff(v))
-    return (v / np.median(steps[steps > 0]) if (steps > 0).any() else np.arange(float(len(v)))), "frames"
+        hours = hours_since(v, word, unit, since[0], calendar) if since else date_hours(v, units, calendar)
+    except (ValueError, TypeError, OverflowError):  # no date, or one that nobody knows
+        if unit:
+            return v * unit, "none"
+        steps = np.abs(np.diff(v))
+        step = np.median(steps[steps > 0]) if (steps > 0).any() else math.nan
+        return v / step if step == step else np.arange(float(len(v))), "frames"
+    late = np.nanmin(hours, initial=0) > -3.39e6  # from 1583 on the two are one
+    return hours, "standard" if calendar == "proleptic_gregorian" and late else calendar
 
 
-def dated_hours(v, units, calendar):
-    """Numbers as hours and calendar; ValueError if they are no dates."""
-    import cftime
-
-    word, *reference = re.split(" since ", units, maxsplit=1, flags=re.IGNORECASE)
-    if reference:
-        start = cftime.num2date(0, f"hours since {reference[0]}", calendar)
-        offset = cftime.date2num(start, hours_since(calendar), calendar)
-        if unit_of(word, SECONDS) is not None:
-            return v * unit_of(word, SECONDS) / 3600 + offset, calendar
-        first = start.year * 12 + start.month - 1
-        months = first + v * (unit_of(word, MONTHS) or math.nan)
-        return month_hours(months, calendar) + offset - month_hours(np.array([first]), calendar), calendar
-    whole, part = np.floor(v), v % 1
-    digits = len(str(int(np.nanmax(whole, initial=0))))
-    if " as %" in units and digits <= 6:  # years or months
-        months = 12 * v if digits <= 4 else 12 * (whole // 100) + whole % 100 - 1 + part
-        return month_hours(months, calendar), calendar
-    day, clock = whole // 10.0 ** (digits - 8), whole % 10.0 ** (digits - 8) * 10.0 ** (14 - digits)  # hhmmss
-    month, day_of_month = day // 100 % 100, day % 100
-    valid = (month >= 1) & (month <= 12) & (day_of_month >= 1) & (day_of_month <= 31) & (day < 3e7)
-    if digits < 8 or digits % 2 or not (valid | np.isnan(v)).all() or unit_of(units, SECONDS) is not None:
-        raise ValueError(units)
-    hours = clock // 10000 + clock // 100 % 100 / 60 + clock % 100 / 3600
-    days = 24 * (day_of_month - 1 + (part if digits == 8 else 0))
-    return month_hours(12 * (day // 10000) + month - 1, calendar) + days + hours, calendar
+def unit_hours(word):
+    """Hours of a unit of time in CF's words, or None."""
+    try:
+        return cftime.date2num(cftime.num2date(1, f"{word} since 2000-01-01"), "hours since 2000-01-01")
+    except ValueError:
+        return None
 
 
-def month_hours(months, calendar):
-    """Hours of a count of months since the year 0; a part of one is that part of its days."""
-    import cftime
-
-    if not np.isfinite(months).any():
-        raise ValueError("no months")
+def hours_since(v, word, unit, reference, calendar):
+    """Numbers in units since a date as hours since EPOCH; part of a month is that part of its days."""
+    start = cftime.num2date(0, f"hours since {reference}", calendar)
+    if unit:
+        return v * unit + cftime.date2num(start, EPOCH, calendar)
+    months = start.month - 1 + v * {"month": 1, "year": 12}.get(word.removesuffix("s"), math.nan)
     whole = np.arange(math.floor(np.nanmin(months)), math.floor(np.nanmax(months)) + 2)
-    firsts = [cftime.datetime(m // 12, m % 12 + 1, 1, calendar=calendar) for m in whole.tolist()]
-    return np.interp(months, whole, cftime.date2num(firsts, hours_since(calendar), calendar))
+    dates = [start.replace(year=start.year + m // 12, month=m % 12 + 1) for m in whole.tolist()]
+    return np.interp(months, whole, cftime.date2num(dates, EPOCH, calendar))
+
+
+def date_hours(v, units, calendar):
+    """Dates as numbers, 20200131.5 or 2020013112, as hours since EPOCH; ValueError if they are none."""
+    known = np.isfinite(v)
+    texts = [str(int(x)) for x in v[known]]
+    lengths = {len(t) for t in texts}
+    if len(lengths) != 1 or not lengths <= ({4, 6, 8, 10, 12, 14} if "as %" in units else {8, 10, 12, 14}):
+        raise ValueError(units)
+    hours, dates = np.full(len(v), np.nan), []
+    for t in texts:
+        parts = [int(t[:4]), *(int(t[i : i + 2]) for i in range(4, len(t), 2))]
+        dates.append(cftime.datetime(*parts, *[1, 1][len(parts) - 1 :], calendar=calendar))
+    hours[known] = cftime.date2num(dates, EPOCH, calendar)
+    return hours + (24 * (v % 1) if lengths == {8} else 0)
 
 
 def duration(hours):
@@ -614,124 +614,43 @@ def duration(hours):
 
 def date_text(hours, layout):
     """A time of a record in words."""
-    if not layout.dated:
-        return f"{'hour' if layout.calendar == 'none' else 'frame'} {hours:g}"
-    if layout.calendar == "standard":
-        return str(np.datetime64(round(hours * 60), "m")).replace("T", " ")
-    import cftime
-
-    return str(cftime.num2date(hours, hours_since(layout.calendar), layout.calendar))[:16]
+    if not layout.dated or xr is None:
+        return f"{'frame' if layout.calendar == 'frames' else 'hour'} {hours:g}"
+    return str(cftime.num2date(round(hours * 60) / 60, EPOCH, layout.calendar))[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# reading files: each gives one Record, or one for each member, which are then joined
+# reading files: each is an xarray.Dataset that is not read, and gives one Record for each member
 
 MEMORY = 2**30  # bytes of fields held in memory; larger ones are read window by window
-SUFFIXES = (".npy", ".npz", ".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5")
+KINDS = ("numpy", "netcdf", "zarr")
+SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5")
 FOREIGN = {  # how files begin that are not read
     b"GRIB": "is GRIB: convert it, grib_to_netcdf -o OUT.nc or cdo -f nc copy",
     b"PK": "is a zip archive: unpack it",
     b"\x1f\x8b": "is compressed: gunzip it",
-    b"BZh": "is compressed: bunzip2 it",
-    b"\xfd7zXZ": "is compressed: unxz it",
-    b"\x0e\x03\x13\x01": "is HDF4: convert it, h4tonccf",
-    b"II*\0": "is TIFF: convert it, gdal_translate -of netCDF",
-    b"MM\0*": "is TIFF: convert it, gdal_translate -of netCDF",
     b"<": "is a web page, not data: download it again",
 }
-AXES = {  # attributes that cf_xarray knows, and names of dimensions, the likelier first
-    "T": ("time", "time t valid_time date datetime time_counter ocean_time frame step lead_time"),
-    "Y": ("latitude", "latitude lat y rlat grid_latitude projection_y_coordinate south_north nj j nlat yh"),
-    "X": ("longitude", "longitude lon x rlon grid_longitude projection_x_coordinate west_east ni i nlon xh"),
+AXES = {  # CF name, names of dimensions, units
+    "T": ("time", r"(\w+_)?time(_counter|_utc)?|t|date|datetime|frame|step", r".* since .*"),
+    "Y": ("latitude", r"(grid_)?lat(itude)?|[rn]lat|[jy]|nj|yh|south_north", r"degrees?_?n.*"),
+    "X": ("longitude", r"(grid_)?lon(gitude)?|[rn]lon|[ix]|ni|xh|west_east", r"degrees?_?e.*"),
 }
-MEMBERS = "member members number realization realisation ensemble_member ensemble ens batch sample".split()
-MARKS = ("axis", "cartesian_axis", "standard_name")  # attributes that say what a coordinate is
-BOUNDS = {"bnds", "bounds", "nbnds", "nbounds", "axis_nbounds", "tbnds", "nv", "nvertex", "vertices"}
+REFERENCE = "forecast_reference_time"
+MEMBERS = rf"(ensemble_)?members?|number|reali[sz]ation|ens(emble)?|batch|sample|{REFERENCE}"
 UNNAMED = re.compile(r"(phony_)?dim_\d+$")  # dimensions that nobody has named
-NAMING = "bounds climatology coordinates grid_mapping cell_measures ancillary_variables formula_terms".split()
 
 
 def plain(attrs):
-    """Attributes as plain values, which a checkpoint can hold, but for those that name other variables."""
+    """Attributes as plain values, which a checkpoint can hold."""
     keep = {}
     for k, v in attrs.items():
         v = v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v
         v = str(v) if k in ("units", "long_name") else v
         numbers = isinstance(v, list) and all(isinstance(i, (int, float)) for i in v)
-        if (numbers or isinstance(v, (str, int, float))) and not k.startswith("_") and k not in NAMING:
+        if (numbers or isinstance(v, (str, int, float))) and not k.startswith("_"):
             keep[k] = v
     return keep
-
-
-class Channel:
-    """Channel i of an array (time, channel, y, x), or a single frame (y, x) if i is None, as an array
-    (time, y, x) that is not read before it is indexed."""
-
-    def __init__(self, array, i=None):
-        self.array, self.i = array, i
-        self.shape = (1, *array.shape) if i is None else (array.shape[0], *array.shape[2:])
-
-    def __getitem__(self, frames):
-        return np.asarray(self.array)[None][frames] if self.i is None else self.array[frames, self.i]
-
-
-def array_fields(arrays, notes):
-    """The fields (time, y, x) of arrays by name; an array of texts of their number names channels."""
-    fields = {k: a for k, a in arrays.items() if a.ndim == 3 and a.dtype.kind in "fiub"}
-    for k, a in arrays.items():
-        if a.ndim != 4 or a.dtype.kind not in "fiub":
-            continue
-        n, (H, W) = a.shape[1], a.shape[2:]
-        texts = [t for t in arrays.values() if t.shape == (n,) and t.dtype.kind == "U"]
-        labels = [str(t) for t in texts[0]] if texts else [f"{k}_{i}" if n > 1 else k for i in range(n)]
-        fields |= {label: Channel(a, i) for i, label in enumerate(labels)}
-        if not texts and (n > 4 or W <= 4 < H):
-            taken = f"{k} {a.shape} is taken for {n} channels of {H} x {W}"
-            notes.append(f"{taken}; if they come last, np.moveaxis(a, -1, 1); separate clips: one file each")
-    return fields
-
-
-def read_arrays(path, arrays, wanted, named=True):
-    """The Record of arrays by name: fields, 1-D time (dates, or hours), y and x; others are extras."""
-    notes = []
-    fields = array_fields(arrays, notes)
-    if not named and len(wanted) == len(fields) and not {*wanted} <= fields.keys():
-        fields = dict(zip(wanted, fields.values()))  # a bare array takes the names that are given
-    names, has = wanted or list(fields), ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())
-    wrong = [v for v in wanted if v not in fields]
-    if wrong or not names:
-        what = f"field '{wrong[0]}'" if wrong else "numbers"
-        raise InputError(f"{path} has no {what} of shape (time, y, x) or (time, channel, y, x); it has {has}")
-    if len({fields[n].shape for n in names}) > 1:
-        raise InputError(
-            f"{path} has fields that differ in shape, {', '.join(names)}: choose with --variables"
-        )
-    n, H, W = fields[names[0]].shape
-    hours, calendar, coords = np.arange(n, dtype=np.float64), "frames", {}
-    for k, a in arrays.items():
-        axis = next((axis for axis, (_, known) in AXES.items() if k.lower() in known.split()), "")
-        if axis == "T" and a.shape == (n,):
-            hours, calendar = decode_times(np.asarray(a), {"units": "hours"} if a.dtype.kind in "fiu" else {})
-        elif axis and a.shape == ((H,) if axis == "Y" else (W,)):
-            unit = {"lat": "degrees_north", "lon": "degrees_east"}.get(k.lower()[:3])
-            attrs = {"units": unit} if unit else {}
-            coords[axis.lower()] = {"dims": [axis.lower()], "values": np.array(a, np.float64), "attrs": attrs}
-    extras = [k for k, a in arrays.items() if a.shape in ((n,), (H, W)) and a.dtype.kind in "fiub"]
-    extras = {k: np.asarray(arrays[k]) for k in extras}
-    layout = Layout(names, [{} for _ in names], coords=coords, calendar=calendar, named=named)
-    same = {k: a for k, a in fields.items() if a.shape == (n, H, W)}
-    return [Record(layout, [Piece(same, str(path))], hours, extras, notes=notes)]
-
-
-def read_numpy(path, wanted):
-    """The Record of a .npy, memory-mapped, or .npz."""
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        single = not hasattr(loaded, "files")
-        arrays = {Path(path).stem: loaded} if single else {k: loaded[k] for k in loaded.files}
-    except Exception as e:
-        raise InputError(f"cannot read {path}: {reason(e)}")
-    return read_arrays(path, arrays, wanted, named=not single)
 
 
 def reason(e):
@@ -741,62 +660,81 @@ def reason(e):
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
+def numpy_dataset(path, wanted, notes):
+    """A .npy, memory-mapped, or .npz as a Dataset: fields (time, y, x), (time, channel, y, x) or of the
+    dimensions that an array `dims` names; 1-D arrays named like time, y and x are their coordinates."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {path.stem: loaded}
+    except Exception as e:
+        raise InputError(f"cannot read {path}: {reason(e)}")
+    has = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())
+    dims = arrays.pop("dims", np.array(())).tolist()
+    fields = {k: a for k, a in arrays.items() if a.ndim in ((len(dims),) if dims else (3, 4))}
+    fields = {k: a for k, a in fields.items() if k in wanted} or fields
+    if not fields:
+        raise InputError(f"{path} has no numbers (time, y, x) or (time, channel, y, x); it has {has}")
+    n, *channels, H, W = next(iter(fields.values())).shape
+    if not dims:
+        for axis, name, size in ("T", "time", n), ("Y", "y", H), ("X", "x", W):
+            fits = [k for k, a in arrays.items() if a.shape == (size,)]
+            dims.append(next((k for k in fits if re.fullmatch(AXES[axis][1], k.lower())), name))
+        if channels and (channels[0] > 4 or W <= 4 < H):
+            taken = f"{path} is taken for frames of {channels[0]} channels of {H} x {W}"
+            notes.append(f"{taken}; if channels come last, np.moveaxis(a, -1, 1); clips: one file each")
+    variables, sizes = {}, {}
+    for k, a in {**fields, **arrays}.items():
+        if k in fields:
+            variables[k] = [dims[0], f"dim_{a.shape[1]}", *dims[1:]] if a.ndim > len(dims) else dims, a
+            sizes |= dict(zip(variables[k][0], a.shape))
+        elif a.shape == (H, W):
+            variables[k] = dims[-2:], a
+        for d in (k, f"dim_{len(a)}", "channel", dims[0]) if a.ndim == 1 else ():
+            if sizes.get(d) == len(a):
+                hours = {"units": "hours"} if a.dtype.kind in "fiu" and d in dims[:1] + ["time"] else {}
+                variables[d if UNNAMED.match(d) else k] = [d], a, hours
+                break
+    try:
+        return xr.Dataset(variables)
+    except ValueError:
+        raise InputError(f"{path} has fields that differ in shape: choose with --variables; it has {has}")
+
+
 def open_dataset(path, group=""):
-    """A file, or its only group with fields, as an xarray.Dataset that is not read; times stay numbers."""
-    try:
-        import xarray as xr
-    except ImportError:
-        raise InputError(f"reading {path} needs xarray: pip install xarray netCDF4 zarr cftime")
-    engine = "zarr" if path.is_dir() else "netcdf4"
-    options = {"engine": engine, "decode_cf": False, "chunks": None, "cache": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ds = decode(xr.open_dataset(path, group=group or None, **options))
-            if ds.data_vars or group:
-                return ds
-            names = [k.strip("/") for k in xr.open_groups(path, engine=engine, decode_times=False)]
-            groups = {k: decode(xr.open_dataset(path, group=k or None, **options)) for k in names}
-    except Exception as e:  # a damaged file, or the backend is not installed
-        raise InputError(f"cannot read {path}: {reason(e)} (needs xarray with {engine})")
-    full = [k for k, g in groups.items() if any(v.ndim > 1 for v in g.data_vars.values())]
-    if len(full) > 1:
-        raise InputError(f"{path} has data in groups {', '.join(full)}: choose one, {path}/{full[0]}")
-    ds = groups[full[0]] if full else ds
-    outer = [groups[str(p).strip(".")] for p in Path(full[0]).parents] if full else []
-    for variables in (parent.variables for parent in outer):  # its coordinates hold for the group too
-        more = {k: v for k, v in variables.items() if v.ndim and k not in ds.variables}
-        ds = ds.assign_coords({k: v for k, v in more.items() if v.sizes.items() <= ds.sizes.items()})
-    return ds
+    """A file, or its only group with fields, as a Dataset that is not read; times stay numbers."""
+    groups, options = (
+        [],
+        {"engine": "zarr" if path.is_dir() else "netcdf4", "decode_cf": False, "cache": False},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if path.is_dir():
+                import numcodecs.registry
 
-
-def decode(ds):
-    """CF decoding but for times. netCDF's default fill values of integers are no data if none is declared."""
-    import xarray as xr
-
-    for v in ds.data_vars.values():
-        fill = {"i2": -(2**15) + 1, "i4": -(2**31) + 1, "i8": -(2**63) + 2}.get(v.dtype.str[1:])
-        declared = {"_FillValue", "missing_value", "scale_factor", "add_offset"} & v.attrs.keys()
-        if fill is not None and v.ndim > 2 and not declared:
-            v.attrs["_FillValue"] = v.dtype.type(fill)
-    return xr.decode_cf(ds, decode_times=False, decode_timedelta=False, decode_coords="all")
+                numcodecs.registry.codec_registry.pop("pickle", None)  # it would run code from the store
+                numcodecs.registry.entries.pop("pickle", None)
+            ds = xr.open_dataset(path, group=group or None, **options)
+            if not group and not ds.data_vars:
+                groups = [node for node in xr.open_datatree(path, **options).subtree if node.data_vars]
+        except Exception as e:  # a damaged file, or the backend is not installed
+            raise InputError(f"cannot read {path}: {reason(e)} (needs xarray with {options['engine']})")
+        if len(groups) > 1:
+            names = ", ".join(node.path[1:] for node in groups)
+            raise InputError(f"{path} has data in groups {names}: choose one, {path}{groups[0].path}")
+        ds = groups[0].to_dataset() if groups else ds
+        return xr.decode_cf(ds, decode_times=False, decode_timedelta=False, decode_coords="all")
 
 
 def likely_axes(ds):
-    """The dimensions that may be time, y and x, {"T", "Y", "X": list}, the likelier first: by CF attributes
-    (cf_xarray), by name, by units."""
+    """The dimensions that may be time, y and x, {"T", "Y", "X": list}, the likelier first: by CF attributes,
+    by name, by units."""
     one, likely = {k: v for k, v in ds.variables.items() if v.ndim == 1}, {}
-    for axis, (coordinate, names) in AXES.items():
-        try:
-            import cf_xarray  # noqa: F401, adds ds.cf
-
-            keys = ds.cf.axes.get(axis, []) + ds.cf.coordinates.get(coordinate, [])
-        except ImportError:
-            keys = [k for k, v in one.items() if {axis, coordinate} & {str(v.attrs.get(a)) for a in MARKS}]
+    for axis, (coordinate, names, units) in AXES.items():
+        keys = ds.cf.axes.get(axis, []) + ds.cf.coordinates.get(coordinate, [])
         dims = [one[k].dims[0] for k in keys if k in one]
-        dims += [d for name in names.split() for d in ds.dims if d.lower() == name]
-        unit = {"T": ".* since ", "Y": "degrees?_?n", "X": "degrees?_?e"}[axis]
-        dims += [v.dims[0] for v in one.values() if re.match(unit, str(v.attrs.get("units")).lower())]
+        dims += [d for d in ds.dims if re.fullmatch(names, d.lower())]
+        dims += [v.dims[0] for v in one.values() if re.fullmatch(units, str(v.attrs.get("units")).lower())]
         likely[axis] = list(dict.fromkeys(dims))
     return likely
 
@@ -815,74 +753,59 @@ def axes_of(da, likely, extra):
     return found["T"], found["Y"], found["X"]
 
 
-def is_member(ds, d):
-    return d.lower() in MEMBERS or (d in ds.coords and ds[d].attrs.get("standard_name") == "realization")
+def members_of(ds):
+    """The dimensions along which a Dataset holds independent records."""
+    marked = {d for d in ds.dims if d in ds.coords and ds[d].attrs.get("standard_name") == "realization"}
+    return [d for d in ds.dims if d in marked or re.fullmatch(MEMBERS, d.lower())]
 
 
-def variants(da, rest, labels, wanted):
-    """{name: DataArray}: a variable, its channels if a dimension has names of them, the levels asked for."""
-    found = {} if rest else {da.name: da}
-    if len(rest) == 1:
-        found = {k: da.isel({rest[0]: i}, drop=True) for i, k in enumerate(labels.get(rest[0], []))}
-    for text in wanted:
-        name, *values = text.split("@")
-        if name != da.name or len(values) != len(rest):
-            continue
-        at = {}
-        for d, value in zip(rest, values):
-            levels = level_names(da, d)
-            if value not in levels:
-                raise InputError(f"{name} has no {d} '{value}'; it has {', '.join(levels)}")
-            at[d] = levels.index(value)
-        found[text] = da.isel(at, drop=True)
-    return found
+def channel_names(da, d, ranged):
+    """Names of the channels along a further dimension: its texts, numbers where nobody named it, values of
+    which a range was selected; of others none."""
+    values = da[d].values.tolist()
+    if da[d].dtype.kind in "SUOT":
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    if UNNAMED.match(d):
+        return [f"{da.name}_{i}" for i in range(len(values))]
+    return [f"{da.name}_{v:g}" for v in values] if d in ranged else []
 
 
-def level_names(da, d):
-    values = da[d].values.tolist() if d in da.coords else range(da.sizes[d])
-    return [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-
-
-def fields_of(ds, wanted):
-    """{name: DataArray ([member,] [time,] y, x)} of what can be used, {name: why not} of other variables."""
-    usable, refused, likely = {}, {}, likely_axes(ds)
-    texts = [d for d in ds.dims if d in ds.coords and ds[d].dtype.kind in "SUOT"]
-    labels = {d: [v.decode() if isinstance(v, bytes) else str(v) for v in ds[d].values] for d in texts}
-    extra = {"expver", *(d for d in ds.dims if is_member(ds, d)), *labels}
-    asked = {w.split("@")[0] for w in wanted}
-    names = [*ds.data_vars, *(k for k in ds.coords if k in asked)]
-    axes = {k: axes_of(ds[k], likely, extra) for k in names}
+def fields_of(ds, ranged):
+    """{name: DataArray (*members, [time,] y, x)} of what can be used, {name: why not} of other variables."""
+    usable, refused, likely, members = {}, {}, likely_axes(ds), members_of(ds)
+    texts = [d for d in ds.dims if ds[d].dtype.kind in "SUOT"]
+    further = [d for d in (*texts, *ranged) if not any(d in dims for dims in likely.values())]
+    extra = {"expver", *members, *further}
+    axes = {k: axes_of(ds[k], likely, extra) for k in ds.data_vars}
     timed = any(axes[k][0] and ds[k].ndim > 2 for k in axes)
     for name, (t, y, x) in axes.items():
         da = ds[name]
         da = da.squeeze([d for d in da.dims if ds.sizes[d] == 1 and d not in (t, y, x)], drop=True)
-        front = [d for d in da.dims if is_member(ds, d)][:1] + [t] * (t is not None)
+        front = [d for d in (*members, t) if d in da.dims]
         rest = [d for d in da.dims if d not in (*front, y, x)]
-        named = {d: [f"{name}_{i}" for i in range(ds.sizes[d])] for d in rest if UNNAMED.match(d)}
+        channels = channel_names(da, rest[0], ranged) if len(rest) == 1 else []
         sizes = f"{name} ({', '.join(f'{d} {n}' for d, n in da.sizes.items())})"
         if da.dtype.kind not in "fiub":
             refused[name] = f"{name} holds {da.dtype}, not numbers"
-        elif y is None or x is None or BOUNDS & {y, x}:
+        elif y is None or x is None:
             refused[name] = f"{sizes} is not on a grid of y and x: interpolate it to one"
         elif t is None and timed:
             refused[name] = f"{sizes} has no dimension of time: ds.rename({da.dims[0]}='time')"
-        elif not (found := variants(da, rest, labels | named, wanted)):
-            refused[name] = further(da, rest, sizes, t)
+        elif "expver" in rest:
+            merged = "ds.sel(expver=1).combine_first(ds.sel(expver=5))"
+            refused[name] = f"{sizes} has ERA5 and ERA5T apart: merge them, {merged}"
+        elif rest and not channels:
+            low, high = (f"{rest[0]}={da[rest[0]].values[i]:g}" for i in (0, -1))
+            mend = f"choose with --select={low}, or channels with --select={low}:{high.split('=')[1]}"
+            mend += "" if t else f"; if it is time, ds.rename({rest[0]}='time')"
+            refused[name] = f"{sizes} has more dimensions than time, y and x: {mend}"
         else:
+            found = {c: da.isel({rest[0]: i}, drop=True) for i, c in enumerate(channels)} or {name: da}
+            for i, v in enumerate(found.values()):
+                if "units" in ds and ds["units"].dims == tuple(rest):
+                    v.attrs["units"] = str(ds["units"].values[i])
             usable |= {k: v.transpose(*front, y, x) for k, v in found.items()}
     return usable, refused
-
-
-def further(da, rest, sizes, tdim):
-    """Why a variable with further dimensions is not used, and what to do."""
-    levels = [level_names(da, d) for d in rest]
-    mend = f"choose with --variables={da.name}@{'@'.join(v[0] for v in levels)}"
-    if tdim is None:
-        mend += f", or if it is time, ds.rename({rest[0]}='time')"
-    if rest[0] == "expver":
-        mend = f"merge them, ds.sel(expver={levels[0][0]}).combine_first(ds.sel(expver={levels[0][-1]}))"
-    which = "; ".join(f"{d} is one of {', '.join(v[:8])}" for d, v in zip(rest, levels))
-    return f"{sizes} has more dimensions than time, y and x, {which}: {mend}"
 
 
 def times_of(ds, tdim, n):
@@ -896,9 +819,69 @@ def times_of(ds, tdim, n):
         hours, calendar = decode_times(np.atleast_1d(v.values).ravel(), v.attrs)
         if calendar not in UNDATED and (k == tdim or len(np.unique(hours)) == n):
             return hours, calendar
-        if k == tdim:
-            fallback = hours, calendar
+        fallback = (hours, calendar) if k == tdim else fallback
     return fallback
+
+
+def selected(ds, select, notes):
+    """What `name=value` (the nearest) and `name=low:high`, comma-separated, choose of a Dataset, still
+    unread, and the names of which a range was asked for. Times are chosen by dates, longitudes from west to
+    east."""
+    ranged, likely = [], likely_axes(ds)
+    for text in (t.strip() for t in select.split(",") if t.strip()):
+        name, *ends = (part.strip() for part in re.split("[=:]", text))
+        if name not in ds.dims or len(ends) not in (1, 2):
+            raise InputError(f"--select={text} is no name=value or name=low:high of {', '.join(ds.dims)}")
+        values, n = ds[name].values, ds.sizes[name]
+        hours, calendar = times_of(ds, name, n) if name in likely["T"] else (None, "none")
+        try:
+            if calendar not in UNDATED:
+                order, values = np.argsort(hours), cftime.num2date(hours, EPOCH, calendar)
+                series = xr.DataArray(order, {name: xr.CFTimeIndex(values[order])}, [name])
+                at = np.sort(series.sel({name: slice(*ends) if len(ends) == 2 else ends[0]}), axis=None)
+            elif values.dtype.kind in "SUOT":
+                at = np.flatnonzero(values.astype(str) == ends[0])
+            else:
+                circle = name in likely["X"] and is_degrees({"attrs": ds[name].attrs})
+                at = near(values.astype(np.float64), [float(e) for e in ends], circle)
+        except (KeyError, ValueError):
+            at = []
+        if not len(at):
+            raise InputError(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
+        ranged += [name] * (len(ends) == 2)
+        notes.append(f"selected: {name} {values[at[0]]} to {values[at[-1]]}, {len(at)} of {n}")
+        ds = ds.isel({name: slice(at[0], at[-1] + 1) if (np.diff(at) == 1).all() else at})
+    return ds, ranged
+
+
+def near(values, ends, circle):
+    """Which values lie between two ends, or nearest to one; on a circle of 360 degrees from west to east."""
+    width = cell_width(values)
+    if len(ends) == 1:
+        far = distance(values, ends[0], 360 if circle else None)
+        return [far.argmin()] if far.min() <= width else []
+    low, high = ends if circle else sorted(ends)
+    span = high - low + 360 * (high < low) + width / 500  # coordinates may be rounded
+    x = values - low + width / 1000
+    x = x % 360 if circle else x
+    at = np.flatnonzero((x >= 0) & (x <= span))
+    return at[np.argsort(x[at])] if circle and values[0] < values[-1] else at
+
+
+def kind_of(path):
+    """One of KINDS, by the first bytes, or why it is not read."""
+    if path.is_dir():
+        store = any((path / f).exists() for f in ("zarr.json", ".zgroup", ".zmetadata", ".zarray"))
+        return "zarr" if store else "is a folder: name it"
+    with open(path, "rb") as f:
+        start = f.read(8)
+    if path.suffix.lower() in (".npy", ".npz") or start.startswith(b"\x93NUMPY"):
+        return "numpy"
+    for magic, text in FOREIGN.items():
+        if start.startswith(magic):
+            return text
+    netcdf = start.startswith((b"CDF", b"\x89HDF")) or path.suffix.lower() in SUFFIXES
+    return "netcdf" if netcdf else "is none of NetCDF, HDF5, Zarr, .npy and .npz"
 
 
 def coordinates(ds, da, dims, notes):
@@ -906,136 +889,96 @@ def coordinates(ds, da, dims, notes):
     coords, mapping = {}, str(da.encoding.get("grid_mapping", "")).split(":")[0].split(" ")[0]
     for name, c in ds.coords.items():
         moving = [d for d in c.dims if d not in dims]  # WRF writes its latitudes again in every frame
-        if moving and str(c.attrs.get("units")).startswith("degree") and {*dims} <= {*c.dims} and c.size:
+        if moving and is_degrees({"attrs": c.attrs}) and {*dims} <= {*c.dims} and c.size:
             c = c.isel({d: 0 for d in moving})
-        if name in RESERVED and c.ndim and {*c.dims} <= {*dims}:
+        if name in RESERVED and {*c.dims} & {*dims}:
             notes.append(f"coordinate '{name}' is left out: written samples have that name themselves")
         elif c.dtype.kind in "fiu" and c.ndim and {*c.dims} <= {*dims}:
             c = c.transpose(*[d for d in dims if d in c.dims])
             coords[name] = {"dims": list(c.dims), "values": c.values, "attrs": plain(c.attrs)}
-        elif name == mapping and c.ndim == 0 and name not in RESERVED:
+        elif name == mapping and c.ndim == 0:
             coords[name] = {"dims": [], "values": np.zeros((), np.int32), "attrs": plain(c.attrs)}
     return coords
 
 
-def read_xarray(path, wanted, group, memory):
-    """The Records of NetCDF, HDF5 or Zarr, one a member; fields of more than `memory` bytes stay on disk."""
-    ds, notes = open_dataset(path, group), []
-    usable, refused = fields_of(ds, wanted)
-    for v in wanted:
-        if v not in usable:
-            why = refused.get(v.split("@")[0], f"it has no '{v}'")
-            raise InputError(f"{path}: {why}; it has {', '.join(usable) or 'no field of time, y, x'}")
+def choose(path, ds, wanted, ranged, bare):
+    """The names of the fields that are read, and by name all fields on their grid."""
+    usable, refused = fields_of(ds, ranged)
+    if bare and len(wanted) == len(usable) and not {*wanted} <= usable.keys():
+        usable = dict(zip(wanted, usable.values()))  # a bare array takes the names that are given
     names = wanted or list(usable)
+    for v in names:
+        if v not in usable:
+            why = refused.get(v, f"it has no '{v}'")
+            raise InputError(f"{path}: {why}; it has {', '.join(usable) or 'no field of time, y, x'}")
     if not names:
         why = refused[max(refused, key=lambda k: ds[k].ndim)] if refused else "it has no variables"
         raise InputError(f"{path} has no field of time, y, x: {why}")
-    fields = [usable[n] for n in names]
-    if len({(f.dims, f.shape) for f in fields}) > 1:
-        kinds = ", ".join(f"{n} {f.dims} {f.shape}" for n, f in zip(names, fields))
+    grid = usable[names[0]].sizes
+    kinds = ", ".join(f"{n} ({by(usable[n].shape)})" for n in names)
+    if any(usable[n].sizes != grid for n in names):
         raise InputError(f"{path} has fields on different grids, {kinds}: choose one grid with --variables")
-    *front, ydim, xdim = fields[0].dims
-    members = [d for d in front if is_member(ds, d)]
+    return names, {k: f for k, f in usable.items() if f.sizes == grid}
+
+
+def read_file(path, wanted, group, select, memory):
+    """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk."""
+    kind, notes = kind_of(path), []
+    if kind not in KINDS:
+        raise InputError(f"{path} {kind}")
+    if xr is None:
+        raise InputError(f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
+    ds = numpy_dataset(path, wanted, notes) if kind == "numpy" else open_dataset(path, group)
+    ds, ranged = selected(ds, select, notes)
+    bare = kind == "numpy" and len(ds.variables) == 1
+    names, fields = choose(path, ds, wanted, ranged, bare)
+    first = fields[names[0]]
+    *front, ydim, xdim = first.dims
+    members = [d for d in members_of(ds) if d in front]
     tdim = next((d for d in front if d not in members), None)
-    hours, calendar = times_of(ds, tdim, fields[0].sizes.get(tdim, 1))
-    if calendar == "frames":
+    hours, calendar = times_of(ds, tdim, first.sizes.get(tdim, 1))
+    if calendar == "frames" and not bare:
         notes.append("no times are found that can be read: frames are numbered, and their step is unknown")
-    attrs, coords = [plain(f.attrs) for f in fields], coordinates(ds, fields[0], (ydim, xdim), notes)
-    attrs = [a | {"grid_mapping": k} for a in attrs for k, c in coords.items() if not c["dims"]] or attrs
-    layout = Layout(names, attrs, (ydim, xdim), coords=coords, calendar=calendar)
+    starts = np.zeros([first.sizes[d] for d in members])
+    if REFERENCE in members and calendar == "none":  # hours from it
+        since, dated = times_of(ds, REFERENCE, first.sizes[REFERENCE])
+        if dated not in UNDATED:
+            calendar, at = dated, members.index(REFERENCE)
+            starts += np.expand_dims(since, [i for i in range(len(members)) if i != at])
+    coords = coordinates(ds, first, (ydim, xdim), notes)
+    mapping = {"grid_mapping": k for k, c in coords.items() if not c["dims"]}
+    attrs = [plain(fields[n].attrs) | mapping for n in names]
+    layout = Layout(names, attrs, (ydim, xdim), coords=coords, calendar=calendar, named=not bare)
     extras = {}
     for k, v in ds.variables.items():
         if k not in names and v.dtype.kind in "fiub" and {*v.dims} in ({tdim}, {ydim, xdim}):
             extras[k] = v.transpose(*[d for d in (tdim, ydim, xdim) if d in v.dims]).values
-    same = {k: f for k, f in usable.items() if (f.dims, f.shape) == (fields[0].dims, fields[0].shape)}
-    held = names if sum(f.size for f in fields) * 4 < memory else []
+    held = fields if kind == "numpy" else names if first.size * len(names) * 4 < memory else []
     try:
-        same |= {k: same[k].load() for k in held}
+        fields |= {k: fields[k].values for k in held}
     except Exception as e:
         raise InputError(f"cannot read {path}: its data are damaged ({type(e).__name__})")
-    records, count = [], fields[0].sizes[members[0]] if members else 1
-    for m in range(count):
-        arrays = {k: f.isel({members[0]: m}) if members else f for k, f in same.items()}
-        arrays = {k: f.values if k in held else f for k, f in arrays.items()}
-        arrays = arrays if tdim else {k: Channel(f) for k, f in arrays.items()}
-        records.append(Record(layout, [Piece(arrays, str(path))], hours, extras, notes=notes))
+    records = []
+    for m, start in np.ndenumerate(starts):
+        piece = Piece({k: f[m] for k, f in fields.items()}, str(path))
+        records.append(Record(layout, [piece], hours + start, extras, notes=notes))
     if members:
-        records[0].notes.append(f"the {count} members along {members[0]} are records of their own")
+        notes.append(f"the {len(records)} members along {', '.join(members)} are records of their own")
     return records
 
 
-def zarr_arrays(path):
-    """{name: array} of a Zarr store without names of dimensions, which xarray needs; None if it has them."""
-    try:
-        import zarr
-
-        store = zarr.open(str(path), mode="r")
-        arrays = dict(store.arrays()) if isinstance(store, zarr.Group) else {path.stem: store}
-    except Exception as e:
-        raise InputError(f"cannot read {path}: {reason(e)}")
-    for a in arrays.values():
-        if "_ARRAY_DIMENSIONS" in a.attrs or any(getattr(a.metadata, "dimension_names", None) or ()):
-            return None
-    return arrays or None
-
-
-def kind_of(path):
-    """numpy, netcdf, zarr or None, by the first bytes. Raises InputError for what is known and not read."""
-    if path.is_dir():
-        store = any((path / f).exists() for f in ("zarr.json", ".zgroup", ".zmetadata", ".zarray"))
-        return "zarr" if store else None
-    suffix = path.suffix.lower()
-    with open(path, "rb") as f:
-        start = f.read(8)
-    if suffix in (".npy", ".npz") or start.startswith(b"\x93NUMPY"):
-        return "numpy"
-    for magic, text in FOREIGN.items():
-        if start.startswith(magic):
-            raise InputError(f"{path} {text}")
-    return "netcdf" if start.startswith((b"CDF", b"\x89HDF")) or suffix in SUFFIXES else None
-
-
-def read_file(path, wanted, group, memory):
-    """The Records of one file or Zarr store, one a member."""
-    kind, arrays = kind_of(path), None
-    if kind is None:
-        raise InputError(f"{path} is none of NetCDF, HDF5, Zarr, .npy and .npz")
-    if kind == "numpy":
-        return read_numpy(path, wanted)
-    if kind == "zarr":
-        try:  # the codec that would run code from the file is taken out before a store is opened
-            from numcodecs.registry import codec_registry, entries
-
-            codec_registry.pop("pickle", None)
-            entries.pop("pickle", None)
-        except ImportError:
-            pass  # then xarray says what is missing
-        else:
-            arrays = zarr_arrays(path)
-    if arrays is not None:
-        return read_arrays(path, arrays, wanted, named=False)
-    return read_xarray(path, wanted, group, memory)
-
-
-def read_folder(path, wanted, notes):
+def read_folder(path, wanted, select, notes):
     """The Records of the files and Zarr stores of a folder in order of their names, a list for each."""
-    kinds, others, foreign = {}, [], None
-    for p in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
-        try:
-            kinds[p] = kind_of(p)
-        except InputError as e:
-            kinds[p], foreign = None, e
-    files, others = [p for p in kinds if kinds[p]], [p.name for p in kinds if not kinds[p]]
-    if not files and foreign:
-        raise foreign
+    kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
+    files = [p for p, kind in kinds.items() if kind in KINDS]
+    others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
     if not files:
-        folder = next((p for p in kinds if p.is_dir()), None)
-        mend = f"it holds {', '.join(others[:5]) or 'nothing'}"
-        mend = f"name one of its sub-folders, {folder}" if folder else mend
-        raise InputError(f"folder {path} holds no NetCDF, HDF5, Zarr, .npy or .npz: {mend}")
+        raise InputError(
+            f"folder {path} holds nothing that is read: {others[0] if others else 'it is empty'}"
+        )
     if others:
-        notes.append(f"{len(others)} other entries of the folder are not read: {', '.join(others[:5])}")
-    records = [read_file(p, wanted, "", MEMORY / len(files)) for p in files]
+        notes.append(f"{len(others)} entries of the folder are not read: {others[0]}")
+    records = [read_file(p, wanted, "", select, MEMORY / len(files)) for p in files]
     empty = [p.name for p, r in zip(files, records) if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
@@ -1043,88 +986,77 @@ def read_folder(path, wanted, notes):
 
 
 def numbered(files, notes):
-    """[(member, Record)] of the Records of each file. A file of the very times of another is a further
-    member, unless it repeats it; files without dates that begin at the same hour are records of their own."""
+    """[(number, Record)] of the Records of each file: those of one number make one series. A file of the very
+    times of another is a further member; so are files without dates that begin alike."""
     first, parts, seen = files[0][0], [], {}
-    apart = len(files) > 1 and not first.layout.dated and len({f[0].hours[0] for f in files}) == 1
-    if apart and first.layout.calendar == "frames" and all(len(f[0]) == 1 for f in files):
+    alone = not first.layout.dated and len({records[0].hours[0] for records in files}) == 1
+    if alone and first.layout.calendar == "frames" and len(files) > 1 and all(len(f[0]) == 1 for f in files):
         notes.append("files of one frame without a time are taken in order of their names")
-        for i, r in enumerate(r for f in files for r in f):
-            r.hours = r.hours + i
-        apart = False
-    for number, records in enumerate(files):
-        same = seen.setdefault(records[0].hours.tobytes(), []) if len(records[0]) > 1 and not apart else []
-        if any(same_frames(records[0], s, *thin(np.arange(len(s)), 10)) for s in same):
-            notes.append(f"{records[0].pieces[0].source} repeats another file and is left out")
-            continue
-        parts += [((number if apart else len(same), m), r) for m, r in enumerate(records)]
-        same.append(records[0])
-    if any(len(same) > 1 for same in seen.values()):
+        for i, records in enumerate(files):
+            records[0].hours = records[0].hours + i
+        alone = False
+    for records in files:
+        key = "alone" if alone else records[0].hours.round(6).tobytes()
+        number = seen.get(key, -1) + 1 if alone or len(records[0]) > 1 else 0
+        seen[key] = number
+        parts += [((number, m), r) for m, r in enumerate(records)]
+    if any(number > 0 for number in seen.values()):
         notes.append("files of the same times are members of an ensemble, records of their own")
     return parts
 
 
-def same_frames(a, b, *frames):
-    return all(np.array_equal(a.frames(i, i + 1), b.frames(i, i + 1), equal_nan=True) for i in frames)
-
-
-def in_order(records, layout, notes):
-    """Of one member's Records the pieces, hours, and where in the pieces each frame lies, in order of time
-    and each time once. Raises InputError where two frames of one time differ."""
-    pieces, hours = [p for r in records for p in r.pieces], np.concatenate([r.hours for r in records])
-    whole, order = Record(layout, pieces, hours), np.argsort(hours, kind="stable")
-    order = order[np.isfinite(hours[order])]
-    if len(order) < len(hours):
-        notes.append(f"{len(hours) - len(order)} frames without a time are left out")
-    twice = 1 + np.flatnonzero(np.diff(hours[order]) < 1e-6)
-    for i in thin(twice, 100):
-        a, b = order[[i - 1, i]]
-        if not np.array_equal(whole.frames(a, a + 1), whole.frames(b, b + 1), equal_nan=True):
-            sources = dict.fromkeys(pieces[k].source for k in np.searchsorted(whole.ends, (a, b), "right"))
-            when = date_text(hours[a], layout)
-            raise InputError(f"{' and '.join(sources)}: two different frames of {when}: remove one of them")
-    if len(twice):
-        notes.append(f"{len(twice)} frames that repeat others are left out")
-    index = np.delete(order, twice)
-    moved = int((index != np.sort(index)).sum())
-    if moved:
-        notes.append(f"{moved} frames were not in order of time and are sorted")
-    return pieces, hours[index], index
-
-
 def join(parts, notes):
-    """One Record of [(member, Record)]: members one after the other, each in order of time."""
-    first, members = parts[0][1], {}
-    reference = first.pieces[0].source
-    for member, r in parts:
+    """One Record of [(number, Record)]: one series after the other, each in order of time and each time once.
+    Raises InputError where two frames of one time differ, or two grids."""
+    numbers, records = zip(*parts)
+    first, reference = records[0], records[0].pieces[0].source
+    for r in records:
         source = r.pieces[0].source
-        order = first.layout.order(r.layout, source, 1, reference)
+        order = first.layout.match(r.layout, source, 1, reference, step=False)
         if r.layout.dated != first.layout.dated:
             which = source if first.layout.dated else reference
             raise InputError(f"{which} has no dates, and other files of the folder have")
         if order is not None:
-            notes.append(f"{source} is reordered: its rows or columns have another order than {reference}")
-        r.pieces = [p.like(order, dict(zip(r.layout.names, first.layout.names))) for p in r.pieces]
-        members.setdefault(member, []).append(r)
-    records, pieces, hours, index = [r for own in members.values() for r in own], [], [], []
-    for own in members.values():
-        p, h, i = in_order(own, first.layout, notes)
-        index.append(i + sum(len(piece) for piece in pieces))
-        pieces, hours = pieces + p, hours + [h]
-    extras, index = {}, np.concatenate(index)
+            other = f"{source} has its rows or columns in another order than {reference}"
+            raise InputError(f"{other}: sort them alike, xarray's ds.sortby")
+        r.pieces = [p.renamed(dict(zip(r.layout.names, first.layout.names))) for p in r.pieces]
+    series = {number: i for i, number in enumerate(sorted(set(numbers)))}
+    member = np.concatenate([np.full(len(r), series[number]) for number, r in parts])
+    hours, pieces = np.concatenate([r.hours for r in records]), [p for r in records for p in r.pieces]
+    whole, order = Record(first.layout, pieces, hours), np.lexsort((hours, member))
+    order = order[np.isfinite(hours[order])]
+    if len(order) < len(hours):
+        notes.append(f"{len(hours) - len(order)} frames without a time are left out")
+    twice = 1 + np.flatnonzero((np.diff(hours[order]) < 1e-6) & (np.diff(member[order]) == 0))
+    for i in thin(twice, 100):
+        a, b = (whole.frames(k, k + 1) for k in order[[i - 1, i]])
+        if not np.array_equal(a, b, equal_nan=True):
+            sources = (pieces[k].source for k in np.searchsorted(whole.ends, order[[i - 1, i]], "right"))
+            when = f"two different frames of {date_text(hours[order[i]], first.layout)}"
+            raise InputError(f"{' and '.join(dict.fromkeys(sources))}: {when}: remove one of them")
+    if len(twice):
+        notes.append(f"{len(twice)} frames that repeat others are left out")
+    index = np.delete(order, twice)
+    moved = int((index != index[np.lexsort((index, member[index]))]).sum())
+    if moved:
+        notes.append(f"{moved} frames were not in order of time and are sorted")
+    extras = {k: a for k, a in first.extras.items() if a.ndim == 2}
     for k, a in first.extras.items():
-        if a.ndim == 2:
-            extras[k] = a
-        elif a.ndim == 1 and all(k in r.extras for r in records):
+        if a.ndim == 1 and all(k in r.extras for r in records):
             extras[k] = np.concatenate([r.extras[k] for r in records])[index]
-    return Record(first.layout, pieces, np.concatenate(hours), extras, index=index, notes=notes)
+    return Record(first.layout, pieces, hours[index], extras, None, index, member[index], None, notes)
 
 
-def open_record(dataset, variables="", size=32, seed=0):
+def open_record(dataset, variables="", size=32, seed=0, select=""):
     """The Record of `climate`, `gaussian` (size, seed), or a path: .npy, .npz, NetCDF, HDF5, Zarr, a group of
-    those (FILE/GROUP), or a folder of them. variables: names, comma-separated, `name@value` for a level.
-    Raises InputError."""
+    those (FILE/GROUP), or a folder of them.
+
+    variables: names, comma-separated; select: "level=850,latitude=35:70,time=2000:2010", the part that is
+    read (see selected). Raises InputError.
+    """
     if dataset in ("climate", "gaussian"):
+        if select:
+            raise InputError(f"--select={select} is for files, and {dataset} is made here: choose its --size")
         return builtin(dataset, size, seed)
     path, group, notes = Path(dataset).expanduser(), "", []
     wanted = [v.strip() for v in variables.split(",") if v.strip()]
@@ -1132,9 +1064,11 @@ def open_record(dataset, variables="", size=32, seed=0):
         path, group = path.parent, f"{path.name}/{group}".strip("/")
     if group and path.is_dir():
         raise InputError(f"dataset '{dataset}' is neither climate, gaussian nor an existing file or folder")
-    folder = path.is_dir() and kind_of(path) is None
-    files = read_folder(path, wanted, notes) if folder else [read_file(path, wanted, group, MEMORY)]
-    if not files or not len(files[0][0]):
+    if path.is_dir() and kind_of(path) not in KINDS:
+        files = read_folder(path, wanted, select, notes)
+    else:
+        files = [read_file(path, wanted, group, select, MEMORY)]
+    if not files or not np.isfinite(np.concatenate([records[0].hours for records in files])).any():
         raise InputError(f"{path} holds no frames")
     notes += dict.fromkeys(note for records in files for note in records[0].notes)
     record = join(numbered(files, notes), notes)
@@ -1143,7 +1077,7 @@ def open_record(dataset, variables="", size=32, seed=0):
             why = "'/' cannot be written" if "/" in name else "written samples have that name themselves"
             raise InputError(f"{path} has a variable '{name}', and {why}: rename it in the file")
     gaps = record.gaps()
-    within = gaps & (np.diff(record.hours) > 0)  # not those from one member to the next
+    within = gaps & (np.diff(record.member) == 0)
     if within.any():
         alone = int((np.append(True, gaps) & np.append(gaps, True)).sum())
         usual = f"{int(within.sum())} steps are not the usual one of {duration(record.layout.step_hours)}"
@@ -1194,11 +1128,10 @@ def covered_frames(starts, frames):
 
 def apart(starts, frames):
     """The clips among these that do not overlap, first come first taken: for statistics, not for training."""
-    chosen, end = [], -1
+    chosen = []
     for s in starts:
-        if s >= end:
+        if not chosen or s >= chosen[-1] + frames:
             chosen.append(s)
-            end = s + frames
     return np.array(chosen)
 
 
@@ -1222,8 +1155,7 @@ def read_clips(record, starts, frames):
 
 
 def windows(length, frames, overlap, known=(), reverse=False):
-    """The clips that cover a sequence one after the other: [(frame numbers (frames,), which to keep
-    (frames,))].
+    """The clips that cover a sequence in turn: [(frame numbers (frames,), which to keep (frames,))].
 
     Each begins with `overlap` frames kept from the one before and draws the rest, what that drew beyond them
     again: so the last one sees both of its ends. known: frame numbers given from the start; a clip that does
@@ -1245,7 +1177,7 @@ def windows(length, frames, overlap, known=(), reverse=False):
 # ------------------------------------------------------------------------------------------------------------
 # conditions: what else a model may be told
 
-DAYS = {"360_day": 360, "noleap": 365, "365_day": 365, "all_leap": 366, "366_day": 366}  # others 365.2425
+DAYS = {"360_day": 360, "noleap": 365, "all_leap": 366}  # others 365.2425
 
 
 @dataclass
@@ -1291,17 +1223,9 @@ class Conditions:
         return self.fitted
 
     @property
-    def names(self):
-        return [f["name"] for f in self.fitted]
-
-    @property
     def channels(self):
         """Of `values`: "told" and those of each condition; 0 if there are none."""
         return 1 + sum(f["channels"] for f in self.fitted) if self.fitted else 0
-
-    @property
-    def needs_calendar(self):
-        return any("period" in f for f in self.fitted)
 
     def values(self, record, index, hours=None, size=None):
         """Channels (B, 1 + K, T, H, W) of the conditions at frames index (B, T); the first is 1, "told".
@@ -1309,12 +1233,12 @@ class Conditions:
         hours (B, T) where they run past the record, whose series then keep their last value; size: (H, W) if
         not the record's. Raises InputError where these data cannot tell it.
         """
-        if self.needs_calendar and not record.layout.dated:
-            raise InputError("the model is told the hour or the day, and these data have no dates")
         hours, size = record.hours[index] if hours is None else hours, tuple(size or record.layout.size)
         index = np.minimum(index, len(record) - 1)
         channels = [np.ones((1, 1, 1, 1))]  # each broadcasts to (B, T, H, W)
         for f in self.fitted:
+            if "period" in f and not record.layout.dated:
+                raise InputError("the model is told the hour or the day, and these data have no dates")
             if "period" in f:
                 angle = 2 * np.pi * (hours / f["period"] % 1)[..., None, None]
                 channels += [np.sin(angle), np.cos(angle)]
@@ -1340,7 +1264,7 @@ class Conditions:
 # transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
 
 GAP = 0.25  # of `censored`: the dry value lies this far below the lightest rain, in Gaussian scores
-HIDDEN, LEAST_SLOPE, LEARNT_FITS = 16, 0.1, 400  # of `learnt`: units per layer, least gradient, steps
+TANH_UNITS, LEAST_SLOPE, LEARNT_STEPS = 32, 0.1, 300  # of `learnt`: tanh units, least gradient, steps of Adam
 
 
 def normal_cdf(y):
@@ -1351,23 +1275,13 @@ def normal_quantile(p):
     return torch.special.ndtri(torch.as_tensor(p, dtype=torch.float64)).numpy()
 
 
-def away(x, scale):
-    """|x|, but not so near 0 that the slope of a root is infinite."""
-    return np.maximum(np.abs(x), 1e-6 * scale)
-
-
-FORMULAS = {  # odd functions of x and a typical |x|: y, its inverse, its slope
-    "none": (lambda x, s: x, lambda y, s: y, lambda x, s: np.ones_like(x)),
-    "sqrt": (
-        lambda x, s: np.sign(x) * np.sqrt(np.abs(x)),
-        lambda y, s: y * np.abs(y),
-        lambda x, s: 0.5 / np.sqrt(away(x, s)),
-    ),
-    "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3, lambda x, s: 1 / (3 * np.cbrt(away(x, s)) ** 2)),
+FORMULAS = {  # odd functions of x and a typical |x|, and their inverses
+    "none": (lambda x, s: x, lambda y, s: y),
+    "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
+    "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3),
     "log": (
         lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s),
         lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s,
-        lambda x, s: 1 / (s + np.abs(x)),
     ),
 }
 
@@ -1408,63 +1322,36 @@ def fit_censored(x, floor):
     return fit_quantile(x, floor, GAP)
 
 
-def monotone(u, weights):
-    """An increasing network of one number, 1 -> 16 -> 16 -> 1: every weight is a softplus. u (K,) -> (K,)"""
-    h = u[:, None]
-    for W, b in zip(weights[:-1:2], weights[1::2]):
-        h = torch.tanh(h @ torch.nn.functional.softplus(W) + b)  # (K, 16)
-    return LEAST_SLOPE * u + (h @ torch.nn.functional.softplus(weights[-1]))[:, 0]
-
-
-def monotone_weights():
-    """Weights before training, wide and narrow steps among them."""
-    g = torch.Generator().manual_seed(0)
-    shapes = (1, HIDDEN), (HIDDEN,), (HIDDEN, HIDDEN), (HIDDEN,), (HIDDEN, 1)
-    sizes = torch.logspace(-0.5, 1.5, HIDDEN, dtype=torch.float64), 0, 1 / HIDDEN, 0, 1 / HIDDEN
-    weights = []
-    for shape, a in zip(shapes, sizes):
-        w = torch.zeros(shape, dtype=torch.float64)
-        if len(shape) == 2:  # softplus(w) is about a
-            noise = 0.1 * torch.randn(shape, generator=g, dtype=torch.float64)
-            w = torch.as_tensor(a, dtype=torch.float64).expm1().log() + noise
-        weights.append(w)
-    return weights
-
-
 def fit_learnt(x, floor):
-    """The dissertation's learnt transform: `monotone`, tabulated. Maximises the mean log slope at unit
-    variance, the change-of-variables term, whose best y is normal.
+    """A network of one number, a sum of increasing tanh units, tabulated: it maximises the mean log slope at
+    unit variance, the change-of-variables term, whose best y is normal. An atom at the floor has no slope."""
+    rest, shift, scale = x if floor is None else x[x > floor], np.median(x), x.std()
+    X = np.append(x.min(), np.quantile(rest, (np.arange(1000) + 0.5) / 1000))  # the atom first
+    share = torch.full(X.shape, len(rest) / len(x) / 1000, dtype=torch.float64)
+    share[0] = 1 - len(rest) / len(x)
+    centre = (np.quantile(rest, (np.arange(TANH_UNITS) + 0.5) / TANH_UNITS) - shift) / scale
+    steep, height = -np.log(np.maximum(np.gradient(centre), 1e-3)), np.full(TANH_UNITS, -4.0)
+    weights = [torch.tensor(w, requires_grad=True) for w in (centre, steep, height)]
 
-    The table is linear between knots, so mean and variance of the training values, and with them the gradient
-    through the normalisation, are exact from three moments per interval. Dry cells have no slope and count 0.
-    """
-    low, reach, rest = x.min(), np.ptp(x), x if floor is None else x[x > floor]
-    X = [np.quantile(rest, np.linspace(0, 1, 257)), low + reach * np.linspace(-0.5, 1.5, 257)]
-    X = np.unique(np.concatenate([*X, low + reach * np.array([-1e3, 0, 1e3])]))
-    X = X[np.append(True, np.diff(X) > 1e-9 * reach)]  # closer knots have no slope in float64
-    i = np.clip(np.searchsorted(X, x, "right") - 1, 0, len(X) - 2)
-    t = (x - X[i]) / (X[i + 1] - X[i])
-    wet = np.ones_like(x) if floor is None else x > floor
-    moments = [np.bincount(i, a, len(X) - 1) / len(x) for a in (np.ones_like(x), t, t**2, wet)]
-    share, first, second, wet = (torch.from_numpy(m) for m in moments)  # (K - 1,) each, by interval
-    knots, u = torch.from_numpy(X), torch.from_numpy((X - np.median(x)) / x.std())
-    weights = [w.requires_grad_() for w in monotone_weights()]
-
-    def table():
-        """Standardised y at the knots (K,), and the mean of log dy/dx over all training values."""
-        Y = monotone(u, weights)
-        y, d = Y[:-1], Y.diff()
-        mean = (share * y + first * d).sum()
-        std = ((share * y**2 + 2 * first * y * d + second * d**2).sum() - mean**2).sqrt()
-        return (Y - mean) / std, (wet * (d / knots.diff() / std).log()).sum()
+    def increasing(x):
+        """y (K,) and dy/du (K,)"""
+        u = torch.from_numpy((x - shift) / scale)
+        t = torch.tanh((u[:, None] - weights[0]) * weights[1].exp())  # (K, units)
+        y = LEAST_SLOPE * u + t @ weights[2].exp()
+        return y, LEAST_SLOPE + (1 - t**2) @ (weights[1] + weights[2]).exp()
 
     with torch.enable_grad():
         optimizer = torch.optim.Adam(weights, 0.03)
-        for _ in range(LEARNT_FITS):
+        for _ in range(LEARNT_STEPS):
             optimizer.zero_grad()
-            (-table()[1]).backward()
+            y, slope = increasing(X)
+            variance = share @ (y - share @ y) ** 2
+            (share[1:] @ (variance.log() / 2 - slope[1:].log())).backward()
             optimizer.step()
-    return np.stack([X, table()[0].detach().numpy()]), None
+    far = x.min() + np.ptp(x) * np.concatenate([[-1e3], np.linspace(-0.5, 1.5, 257), [1e3]])
+    X = np.unique(np.append(X, far))
+    X = X[np.append(True, np.diff(X) > 1e-9 * np.ptp(x))]  # closer knots have no slope in float64
+    return np.stack([X, increasing(X)[0].detach().numpy()]), None
 
 
 TABLES = {"quantile": fit_quantile, "censored": fit_censored, "learnt": fit_learnt}
@@ -1475,24 +1362,20 @@ def find_floor(x):
     """(floor or None, rounding): the value that over 5 % of x (n,) have and none lies below; of rain it is 0,
     up to rounding: packed zeros are 1e-19 and differences of sums -1e-9. Up to `rounding` above it, a value
     is the floor."""
-    rounding = 1e-6 * float(x.std())
-    if -1000 * rounding <= x.min() <= rounding and np.mean(np.abs(x) <= rounding) > 0.05:
+    rounding, low = 1e-6 * float(x.std()), float(x.min())
+    if -1000 * rounding <= low <= rounding and np.mean(np.abs(x) <= rounding) > 0.05:
         return 0.0, rounding
-    low = float(x.min())
     return (low, rounding) if np.mean(x <= low + rounding) > 0.05 else (None, rounding)
 
 
-NO_DATA = {-32768, -9999, -999, -99, 999, 9999, 32767, 99999, float(np.float32(1e20))}  # customary marks
-
-
 def suspects(x):
-    """[(value, count)] of extremes that are no weather: repeated or customary marks of no data, ten standard
-    deviations away from the rest."""
+    """[(value, count)] of extremes that are no weather: ten standard deviations away from the rest, and
+    repeated or a customary mark of no data, all nines."""
     found, ends = [], (x.min(), x.max())
     rest = x[(x > ends[0]) & (x < ends[1])]
     for v in ends if len(rest) else ():
         count = int((x == v).sum())
-        if abs(v - rest.mean()) > 10 * rest.std() and (count > 1 or float(v) in NO_DATA):
+        if abs(v - rest.mean()) > 10 * rest.std() and (count > 1 or set(f"{abs(v):g}") == {"9"}):
             found.append((float(v), count))
     return found
 
@@ -1504,8 +1387,8 @@ class Variable:
 
     floor: what no value lies below and many have, or None; rounding: up to this above it a value is the
     floor; dry: up to this above it counts as dry, 0 without one; scale: of FORMULAS; knots (2, K): of TABLES;
-    dry_score: y of the floor in them; low, high: range of the standardised training values; range, at_floor,
-    missing (shares) and suspicious: of the training values, for describe.
+    dry_score: y of the floor in them; low, high: range of the standardised training values; summary: what was
+    found, one line.
     """
 
     name: str
@@ -1522,15 +1405,12 @@ class Variable:
     std: float = 1.0
     low: float = 0.0
     high: float = 0.0
-    range: tuple = (0.0, 0.0)
-    at_floor: float = 0.0
-    missing: float = 0.0
-    suspicious: tuple = ()
+    summary: str = ""
 
     @classmethod
     def fit(cls, name, attrs, transform, x):
         """From training values x (n,) with NaN. Raises InputError where there is nothing to learn."""
-        missing, x = float(np.isnan(x).mean()), x[~np.isnan(x)].astype(np.float64)
+        missing, x = np.isnan(x).mean(), x[~np.isnan(x)].astype(np.float64)
         if not len(x):
             raise InputError(f"variable '{name}' has no data in the training clips")
         if x.min() == x.max():
@@ -1539,15 +1419,20 @@ class Variable:
         if transform == "auto":
             transform = "cbrt" if floor == 0 else "none"
         v = cls(name, attrs.get("units", ""), attrs.get("long_name", name), transform, floor, rounding)
-        v.missing, v.suspicious, v.range = missing, suspects(x), (float(x.min()), float(x.max()))
-        x = v.snapped(x)
+        span, bottom = f"{x.min():.4g} to {x.max():.4g} {v.units}".strip(), "no floor"
+        doubtful, x = suspects(x), v.snapped(x)
         if floor is not None:
-            v.dry, v.at_floor = 10.0 ** round(math.log10((x.mean() - floor) / 10)), float((x == floor).mean())
+            v.dry = 10.0 ** round(math.log10((x.mean() - floor) / 10))
+            bottom = f"floor {floor:g} ({100 * np.mean(x == floor):.3g} % of values)"
+        v.scale = float(np.median(np.abs(x[x != 0])))
+        v.summary = f"{name}: {span}, transform {transform}, {bottom}, {100 * missing:.3g} % missing"
+        for value, count in doubtful:
+            v.summary += (
+                f"; WARNING: {value:g}, {count} times, far from others: if it is no data, set _FillValue"
+            )
         if transform in TABLES:
             knots, v.dry_score = TABLES[transform](x, floor)
             v.knots = torch.from_numpy(knots)
-        else:
-            v.scale = float(np.median(np.abs(x[x != 0])))
         y = v.forward(x)
         v.mean, v.std = float(y.mean()), float(y.std())
         v.low, v.high = float((y.min() - v.mean) / v.std), float((y.max() - v.mean) / v.std)
@@ -1576,23 +1461,9 @@ class Variable:
         return x if self.floor is None else np.maximum(x, self.floor)
 
     def slope(self, x):
-        """dy/dx of encode."""
-        x = np.asarray(x, np.float64)
-        if self.knots is None:
-            return FORMULAS[self.transform][2](x, self.scale) / self.std
-        X, Y = self.knots.numpy()
-        return (np.diff(Y) / np.diff(X))[np.clip(np.searchsorted(X, x) - 1, 0, len(X) - 2)] / self.std
-
-    def describe(self):
-        """One line: range, transform, floor and the share of values at it, missing values, suspicious
-        ones."""
-        share = f"({100 * self.at_floor:.3g} % of values)"
-        floor = "no floor" if self.floor is None else f"floor {self.floor:g} {share}"
-        span = f"{self.range[0]:.4g} to {self.range[1]:.4g} {self.units}".strip()
-        text = f"{self.name}: {span}, transform {self.transform}, {floor}, {100 * self.missing:.3g} % missing"
-        for value, count in self.suspicious:
-            text += f"; WARNING: {value:g}, {count} times, far from others: if it is no data, set _FillValue"
-        return text
+        """dy/dx of encode, by a central difference."""
+        h = 1e-6 * self.scale
+        return (self.encode(x + h) - self.encode(x - h)) / (2 * h)
 
 
 SAMPLE = 4_000_000  # values of each variable that a transform is fitted on
@@ -1612,10 +1483,8 @@ def sample_values(record, index):
 
 
 def valid_cells(record, starts, frames):
-    """Where a cell ever has data in these clips, (C, 1, H, W) float32, and whether no value is missing.
-
-    Looks at all frames up to 1 GiB of them, at some of a larger record.
-    """
+    """Where a cell ever has data in these clips, (C, 1, H, W) float32, and whether no value is missing; of a
+    record beyond 1 GiB some frames are looked at."""
     size = len(record.layout.names) * math.prod(record.layout.size)
     ever, complete = False, True
     for i in thin(covered_frames(starts, frames), max(1, 2**28 // size)):
@@ -1635,11 +1504,8 @@ class Codec:
 
     @classmethod
     def fit(cls, record, starts, frames, names):
-        """Fitted on the training clips alone.
-
-        names: one of TRANSFORMS for all variables or one each, comma-separated; 'auto' is cbrt for a variable
-        with floor 0, else none. Raises InputError.
-        """
+        """Fitted on the training clips alone. names: one of TRANSFORMS for all variables or one each,
+        comma-separated; 'auto' is cbrt for a variable with floor 0, else none. Raises InputError."""
         layout, names = record.layout, [n.strip() for n in names.split(",")]
         names = names * len(layout.names) if len(names) == 1 else names
         if len(names) != len(layout.names):
@@ -1667,9 +1533,7 @@ class Codec:
 
     def log_slope(self, x):
         """log |dy/dx| summed over each physical clip (B, C, T, H, W), for the change of variables: (B,)
-        float64.
-
-        None where a variable has a floor: rain has an atom at 0 and so no density in its own units.
+        float64. None where a variable has a floor: rain has an atom at 0 and so no density in its own units.
         """
         if any(v.floor is not None for v in self.variables):
             return None
@@ -1699,34 +1563,38 @@ def describe(record, codec, train_starts, test_starts, frames):
     layout, axes = record.layout, []
     for i, (up, down) in enumerate((("northward", "southward"), ("eastward", "westward"))):
         c, others = layout.axis(i), [k for k, o in layout.coords.items() if len(o["dims"]) == 2]
-        text = f"{layout.dims[i]} {'by ' + ' and '.join(others) if others else 'without coordinates'}"
+        text = "by " + " and ".join(others) if others else "without coordinates"
         if c is not None:
-            a, b = places(c, None)[[0, -1]]
-            rising = np.median(np.diff(places(c, None))) > 0 if a != b else None
-            text = f"{layout.dims[i]} {a:g} to {b:g} {c['attrs'].get('units', '')}".strip()
-            text += f" ({up if rising else down})" if layout.is_angle(i) and a != b else ""
-        axes.append(text)
+            v = places(c)
+            text = f"{v[0]:g} to {v[-1]:g} {c['attrs'].get('units', '')}".strip()
+            if layout.is_angle(i) and len(v) > 1:
+                text += f" ({up if np.median(np.diff(v)) > 0 else down})"
+        axes.append(f"{layout.dims[i]} {text}")
     dates = " to ".join(date_text(h, layout) for h in (record.hours.min(), record.hours.max()))
-    step = f"one every {duration(layout.step_hours)}"
-    step = "steps of unknown length" if layout.calendar == "frames" else step
+    step = (
+        "steps of unknown length"
+        if layout.calendar == "frames"
+        else f"one every {duration(layout.step_hours)}"
+    )
     calendar = f"{layout.calendar} calendar" if layout.dated else "no dates"
-    parts = [(len(s), len(covered_frames(s, frames))) for s in (train_starts, test_starts)]
-    split = "training {} clips of {} frames, test {} of {}".format(*parts[0], *parts[1])
+    train, test = (
+        f"{len(s)} clips of {len(covered_frames(s, frames))} frames" for s in (train_starts, test_starts)
+    )
     lines = [
         f"grid      {by(layout.size)}: {', '.join(axes)}{', all the way round' if layout.wraps() else ''}",
         f"time      {len(record)} frames, {dates}, {calendar}, {step}, {int(record.gaps().sum())} gaps",
-        *(f"variable  {v.describe()}" for v in codec.variables),
-        f"split     {split}; a clip is {frames} consecutive frames",
+        *(f"variable  {v.summary}" for v in codec.variables),
+        f"split     training {train}, test {test}; a clip is {frames} consecutive frames",
     ]
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# writing samples
+# writing
 
 
 def write_samples(folder, x, layout, history, lead, reference=None):
-    """samples.npz, and samples.nc where xarray is installed; the names of the files written.
+    """samples.npz, and samples.nc where xarray is installed; open_record reads both. Returns their names.
 
     x (N, C, T, H, W) physical; lead (T,): hours of the frames. With reference (R,), hours of the calendar
     from which `lead` counts, x is (R, M, C, T, H, W): an ensemble of M realisations for each.
@@ -1741,14 +1609,15 @@ def write_samples(folder, x, layout, history, lead, reference=None):
         np.savez(f, dims=np.array([*origin, "realization", "channel", "time", *layout.dims]), **arrays)
     try:
         import netCDF4  # noqa: F401, the engine that writes
-        import xarray as xr
     except ImportError:
+        return ["samples.npz"]
+    if xr is None:
         return ["samples.npz"]
     dims = (*origin, "realization", "time", *layout.dims)
     fields = {n: (dims, x[..., i, :, :, :], a) for i, (n, a) in enumerate(zip(layout.names, layout.attrs))}
-    mappings = {k: ((), c["values"], c["attrs"]) for k, c in layout.coords.items() if not len(c["dims"])}
+    fields |= {k: ((), c["values"], c["attrs"]) for k, c in layout.coords.items() if not len(c["dims"])}
     places = {k: (tuple(c["dims"]), c["values"], c["attrs"]) for k, c in coords.items()}
-    ds = xr.Dataset(fields | mappings, places, {"Conventions": "CF-1.8", "history": history})
+    ds = xr.Dataset(fields, places, {"Conventions": "CF-1.8", "history": history})
     ds["realization"] = ("realization", np.arange(x.shape[len(origin)]), {"standard_name": "realization"})
     since, unit = "reference time" if origin else "first frame", "hours"
     attrs = {"standard_name": "forecast_period", "long_name": f"time since the {since}", "units": unit}
@@ -1756,23 +1625,12 @@ def write_samples(folder, x, layout, history, lead, reference=None):
         unit, attrs = "1", {"long_name": f"frames since the {since}", "units": "1"}
     ds["time"] = ("time", lead, attrs)
     if origin:
-        attrs = {"standard_name": origin[0], "units": unit}
-        if layout.dated:
-            attrs |= {"units": hours_since(layout.calendar), "calendar": layout.calendar}
-        ds[origin[0]] = (origin[0], reference, attrs)
+        dates = {"units": EPOCH, "calendar": layout.calendar} if layout.dated else {"units": unit}
+        ds[origin[0]] = (origin[0], reference, {"standard_name": origin[0]} | dates)
     fill = {n: {"_FillValue": np.float32(np.nan), "zlib": True} for n in layout.names}
     with replacing(folder / "samples.nc") as f:
         ds.to_netcdf(f.name, engine="netcdf4", encoding=fill)
     return ["samples.npz", "samples.nc"]
-
-
-def reserved(path, shape, dtype):
-    """An array on disk, its space taken: a full disk is an error now, not a bus error later."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-    return array
 
 
 @contextmanager
@@ -1787,3 +1645,12 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reserved(path, shape, dtype):
+    """A memory-mapped .npy of this shape, its disk space taken: a full disk is an error now, not a bus error later."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return array

@@ -8,7 +8,7 @@ Written so that torch.compile(fullgraph=True) fuses the small functions.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -27,7 +27,9 @@ class Config:
     mults: tuple = (1, 2)  # channel multiple per level; each level halves the resolution
     blocks: int = 2  # residual blocks per level, on the way down and on the way up
     patch: int = 2  # pixel-unshuffle at the input: few channels at high resolution are memory-bound
+    time_patch: int = 1  # frames of a token of the transformer
     heads: int = 4  # attention heads
+    latents: int = 4  # of the autoencoder, for a patch of a frame
     wrap_x: bool = False  # longitude is periodic: convolutions wrap around in x
 
 
@@ -47,14 +49,17 @@ def modulate(h, scale_shift):
     return F.silu(h * (1 + scale) + shift)
 
 
-def rotary(x):
-    """Rotary embedding along dim -2: attention then depends on time differences. x (..., T, d)"""
-    T, d = x.shape[-2:]
-    freqs = 100.0 ** (-torch.arange(0, d, 2, device=x.device) / d)  # (d/2,) radians per frame
-    angle = torch.arange(T, device=x.device)[:, None] * freqs  # (T, d/2)
+def rotate(x, angle):
+    """Rotary embedding: the pairs (x_i, x_{i + d/2}) of x (..., L, d) turned by angle (L, d / 2)."""
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def turns(length, pairs, device):
+    """Angles of rotary positions, (length, pairs): attention then depends on differences of positions."""
+    freqs = 100.0 ** (-torch.arange(pairs, device=device) / max(pairs, 1))  # radians a step
+    return torch.arange(length, device=device)[:, None] * freqs
 
 
 class Conv(nn.Conv2d):
@@ -102,7 +107,8 @@ class Attention(nn.Module):
         qkv = self.qkv(rearrange(by_clip(self.norm, x, T), f"(b t) c h w -> {tokens} c", t=T))
         q, k, v = rearrange(qkv, "n l (three heads d) -> three n heads l d", three=3, heads=self.heads)
         if self.axis == "time":
-            q, k = rotary(q), rotary(k)
+            angle = turns(T, q.shape[-1] // 2, q.device)
+            q, k = rotate(q, angle), rotate(k, angle)
         y = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n heads l d -> n l (heads d)"))
         return x + rearrange(y, f"{tokens} c -> (b t) c h w", t=T, h=x.shape[-2], w=x.shape[-1])
 
@@ -130,20 +136,70 @@ def zero(layer):
     """Start a layer at zero, so that a network starts as the Gaussian answer."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the space-time U-Net
 
 
-class UNet(nn.Module):
+class Network(nn.Module):
+    """What the networks share: the embedding of the log-SNR, positions, edges, the layer of single cells."""
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.checkpoint_activations = False  # backward computes each block again: less memory
-        widths = [c.width * m for m in c.mults]
         emb = 4 * c.width
         self.embed = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        channels = c.in_channels + c.cond_channels
+        self.cell = Cell(c.width // 8, channels, c.width // 2, c.in_channels, c.wrap_x)
+
+    def embedding(self, logsnr):
+        """logsnr (B,) -> (B, 4 width)"""
+        freqs = torch.logspace(-2, 0.3, 32, device=logsnr.device)  # periods from 600 down to 3 in log-SNR
+        angle = logsnr.float()[:, None] * freqs  # (B, 32)
+        return self.embed(torch.cat([angle.sin(), angle.cos()], 1))
+
+    def position_features(self, H, W, device):
+        """Where a cell is, so that the statistics may depend on place (orography, latitude). (1, 8, H, W)"""
+        k = torch.arange(1, 5, device=device)[:, None]  # (4, 1)
+        y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (H, W))
+        along_y, along_x = torch.cos(math.pi * k * y), torch.cos(math.pi * k * x)  # (4, H), (4, W)
+        if self.config.wrap_x:
+            around = 2 * math.pi * k[:2] * x
+            along_x = torch.cat([around.cos(), around.sin()])
+        return torch.cat([along_y[:, :, None].expand(4, H, W), along_x[:, None, :].expand(4, H, W)])[None]
+
+    def pad(self, h, multiple):
+        """h (BT, C, H, W) padded to a multiple, and the number of columns added on the left."""
+        H, W = h.shape[-2:]
+        pad_y, pad_x = -H % multiple, -W % multiple
+        if pad_y:
+            h = F.pad(h, (0, 0, 0, pad_y), mode="replicate")
+        if pad_x and self.config.wrap_x:  # real neighbours on both sides; the seam lies in what is cropped
+            pad_x += multiple
+            left = pad_x // 2
+            return h[..., torch.arange(-left, W + pad_x - left, device=h.device) % W], left
+        return F.pad(h, (0, pad_x, 0, 0), mode="replicate") if pad_x else h, 0
+
+    def run(self, module, *inputs):
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+    def compile_blocks(self, backend="inductor"):
+        """torch.compile block by block, in place: blocks of one shape share a program, compiled soon."""
+        torch._dynamo.config.recompile_limit = 64  # one program per shape of a block, never one for any shape
+        for module in [*self.repeated(), self.cell]:
+            module.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+class UNet(Network):
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        widths = [c.width * m for m in c.mults]
         self.stem = Conv((c.in_channels + c.cond_channels) * c.patch**2, widths[0], c.wrap_x)
         self.position = nn.Conv2d(8, widths[0], 1)
 
@@ -164,85 +220,233 @@ class UNet(nn.Module):
                 h = w
             if i > 0:
                 self.upsample.append(Conv(h, h, c.wrap_x))
-        features, hidden = c.width // 8, c.width // 2
-        self.norm, self.features = nn.GroupNorm(h // 16, h), Conv(h, features * c.patch**2, c.wrap_x)
-        self.cell = Cell(features, c.in_channels + c.cond_channels, hidden, c.in_channels, c.wrap_x)
+        self.norm, self.features = nn.GroupNorm(h // 16, h), Conv(h, c.width // 8 * c.patch**2, c.wrap_x)
         blocks = [*self.down, *self.middle, *self.up]
-        self.film_sizes = [2 * b.conv2.out_channels for b in blocks] + [2 * hidden]
-        self.film = nn.Linear(emb, sum(self.film_sizes))  # scale and shift of every block in one product
-        zero(self.film)
+        self.film_sizes = [2 * b.conv2.out_channels for b in blocks] + [c.width]
+        self.film = zero(
+            nn.Linear(4 * c.width, sum(self.film_sizes))
+        )  # scale and shift of all blocks at once
         self.to(memory_format=torch.channels_last)
 
-    def compile_blocks(self, backend="inductor"):
-        """torch.compile block by block, in place: blocks of one shape share a program, compiled soon."""
-        torch._dynamo.config.recompile_limit = 64  # one program per shape of a block, never one for any shape
-        for module in [*self.down, *self.middle, *self.attention, *self.up, self.cell]:
-            module.compile(fullgraph=True, dynamic=False, backend=backend)
-
-    def conditioning(self, logsnr):
-        """Scale and shift of every block, a list of (B, 2C). logsnr (B,)"""
-        freqs = torch.logspace(-2, 0.3, 32, device=logsnr.device)  # periods from 600 down to 3 in log-SNR
-        angle = logsnr.float()[:, None] * freqs  # (B, 32)
-        return self.film(self.embed(torch.cat([angle.sin(), angle.cos()], 1))).split(self.film_sizes, 1)
-
-    def position_features(self, H, W, device):
-        """Where a cell is, so that the statistics may depend on place (orography, latitude). (1, 8, H, W)"""
-        k = torch.arange(1, 5, device=device)[:, None]  # (4, 1)
-        y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (H, W))
-        along_y, along_x = torch.cos(math.pi * k * y), torch.cos(math.pi * k * x)  # (4, H), (4, W)
-        if self.config.wrap_x:
-            around = 2 * math.pi * k[:2] * x
-            along_x = torch.cat([around.cos(), around.sin()])
-        return torch.cat([along_y[:, :, None].expand(4, H, W), along_x[:, None, :].expand(4, H, W)])[None]
-
-    def pad(self, h):
-        """h (BT, C, H, W) padded to what the levels divide, and the number of columns added on the left."""
-        multiple = self.config.patch * 2 ** (len(self.config.mults) - 1)
-        H, W = h.shape[-2:]
-        pad_y, pad_x = -H % multiple, -W % multiple
-        if pad_y:
-            h = F.pad(h, (0, 0, 0, pad_y), mode="replicate")
-        if pad_x and self.config.wrap_x:  # real neighbours on both sides; the seam lies in what is cropped
-            pad_x += multiple
-            left = pad_x // 2
-            return h[..., torch.arange(-left, W + pad_x - left, device=h.device) % W], left
-        return F.pad(h, (0, pad_x, 0, 0), mode="replicate") if pad_x else h, 0
+    def repeated(self):
+        return [*self.down, *self.middle, *self.attention, *self.up]
 
     def forward(self, z, logsnr, cond=None):
         """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z."""
         c = self.config
         T, H, W = z.shape[2:]
         h = z if cond is None else torch.cat([z, cond], 1)
-        cells, left = self.pad(rearrange(h, "b c t h w -> (b t) c h w"))
+        cells, left = self.pad(rearrange(h, "b c t h w -> (b t) c h w"), c.patch * 2 ** (len(c.mults) - 1))
         h = F.pixel_unshuffle(cells, c.patch).contiguous(memory_format=torch.channels_last)
         h = self.stem(h) + self.position(self.position_features(*h.shape[-2:], h.device))
-        films = iter([f.repeat_interleave(T, 0)[:, :, None, None].to(h) for f in self.conditioning(logsnr)])
-
-        def run(module, *inputs):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                return checkpoint(module, *inputs, use_reentrant=False)
-            return module(*inputs)
-
+        films = self.film(self.embedding(logsnr)).repeat_interleave(T, 0)[:, :, None, None].to(h)
+        films = iter(films.split(self.film_sizes, 1))
         skips, down, up = [h], iter(self.down), iter(self.up)
         for i in range(len(c.mults)):
             for _ in range(c.blocks):
-                h = run(next(down), h, next(films), T)
+                h = self.run(next(down), h, next(films), T)
                 skips.append(h)
             if i < len(c.mults) - 1:
                 h = self.downsample[i](h)
                 skips.append(h)
-        h = run(self.middle[0], h, next(films), T)
+        h = self.run(self.middle[0], h, next(films), T)
         for attention in self.attention:
-            h = run(attention, h, T)
-        h = run(self.middle[1], h, next(films), T)
+            h = self.run(attention, h, T)
+        h = self.run(self.middle[1], h, next(films), T)
         for i in range(len(c.mults)):
             for _ in range(c.blocks + 1):
-                h = run(next(up), torch.cat([h, skips.pop()], 1), next(films), T)
+                h = self.run(next(up), torch.cat([h, skips.pop()], 1), next(films), T)
             if i < len(c.mults) - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))
         h = F.pixel_shuffle(self.features(F.silu(by_clip(self.norm, h, T))), c.patch)
-        h = run(self.cell, h, cells, next(films), T)
+        h = self.run(self.cell, h, cells, next(films), T)
         return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the diffusion transformer
+
+
+class Layer(nn.Module):
+    """Attention between all tokens and a two-layer network, both modulated by the log-SNR and 0 at the start
+    (adaLN-zero, Peebles and Xie 2023)."""
+
+    def __init__(self, width, heads, emb):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.film = zero(nn.Linear(emb, 6 * width))
+
+    def forward(self, x, emb, angle):
+        """x (B, L, width), emb (B, emb), angle (L, d / 2) of the rotary positions"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.film(emb)[:, None].chunk(6, -1)
+        qkv = self.qkv(self.norm(x) * (1 + scale1) + shift1)
+        q, k, v = rearrange(qkv, "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
+        y = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v)
+        x = x + gate1 * self.out(rearrange(y, "b heads l d -> b l (heads d)"))
+        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+
+
+class DiT(Network):
+    """A diffusion transformer on space-time patches: as many layers as the U-Net of the same settings has
+    blocks, as wide as its lowest level. Same call, same last layer of single cells; any T, H, W."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        c, channels = config, config.in_channels + config.cond_channels
+        width, depth = c.width * c.mults[-1], len(c.mults) * (2 * c.blocks + 1) + 2
+        cells = c.time_patch * c.patch**2
+        self.stem, self.position = nn.Linear(channels * cells, width), nn.Linear(8, width)
+        self.layers = nn.ModuleList([Layer(width, c.heads, 4 * c.width) for _ in range(depth)])
+        self.norm, self.features = nn.LayerNorm(width), nn.Linear(width, c.width // 8 * cells)
+        self.film = zero(nn.Linear(4 * c.width, c.width))  # of the last layer
+
+    def repeated(self):
+        return self.layers
+
+    def angles(self, t, h, w, d, device):
+        """Angles of rotary positions in t, y and x, (t h w, d / 2): attention depends on differences alone."""
+        pairs = d // 6, (d // 2 - d // 6) // 2  # that turn with time, with y; the rest with x
+        along_t, along_y = turns(t, pairs[0], device), turns(h, pairs[1], device)
+        along_x = turns(w, d // 2 - sum(pairs), device)
+        if self.config.wrap_x:  # whole turns around the globe
+            k = torch.arange(1, along_x.shape[1] + 1, device=device)
+            along_x = 2 * math.pi / w * torch.arange(w, device=device)[:, None] * k
+        along = along_t[:, None, None], along_y[None, :, None], along_x[None, None]
+        return torch.cat([a.expand(t, h, w, -1) for a in along], -1).flatten(0, 2)
+
+    def forward(self, z, logsnr, cond=None):
+        """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z."""
+        c, (T, H, W) = self.config, z.shape[2:]
+        h = z if cond is None else torch.cat([z, cond], 1)
+        cells, left = self.pad(rearrange(h, "b c t h w -> (b t) c h w"), c.patch)
+        x = rearrange(cells, "(b t) c h w -> b c t h w", t=T)
+        x = F.pad(x, (0, 0, 0, 0, 0, -T % c.time_patch))
+        sizes = {"p": c.time_patch, "q": c.patch, "r": c.patch}
+        t, h, w = (x.shape[2] // c.time_patch, x.shape[3] // c.patch, x.shape[4] // c.patch)
+        x = self.stem(rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", **sizes))
+        where = rearrange(self.position_features(h, w, z.device), "1 k h w -> (h w) k")
+        x = x + self.position(where.to(x.dtype)).repeat(t, 1)
+        emb = self.embedding(logsnr)
+        angle = self.angles(t, h, w, x.shape[-1] // c.heads, z.device)
+        for layer in self.layers:
+            x = self.run(layer, x, emb, angle)
+        x = rearrange(
+            self.features(self.norm(x)), "b (t h w) (c p q r) -> (b t p) c (h q) (w r)", t=t, h=h, **sizes
+        )
+        x = x.unflatten(0, (len(z), -1))[:, :T].flatten(0, 1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        film = self.film(emb).repeat_interleave(T, 0)[:, :, None, None].to(x)
+        h = self.run(self.cell, x, cells, film, T)
+        return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# compressed video: the autoencoder of latent models
+
+
+class VAE(nn.Module):
+    """A variational autoencoder of frames (Kingma and Welling 2014): n x n cells become K latents, n = patch.
+
+    Frame by frame: what is known of a clip has known latents, whatever its other frames are. blocks = 0 is
+    linear, on Gaussian data probabilistic PCA of the patches (Tipping and Bishop 1999).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        cells = c.in_channels * c.patch**2
+        self.encoder, self.decoder = self.layers(cells, 2 * c.latents), self.layers(c.latents, cells)
+        self.log_variance = nn.Parameter(torch.zeros(c.in_channels, 1, 1, 1))  # of the decoder, per variable
+        self.to(memory_format=torch.channels_last)
+
+    def layers(self, c_in, c_out):
+        c, blocks = self.config, []
+        for _ in range(2 * c.blocks):
+            blocks += [nn.GroupNorm(c.width // 16, c.width), nn.SiLU(), Conv(c.width, c.width, c.wrap_x)]
+        if not blocks:
+            return nn.Conv2d(c_in, c_out, 1)
+        return nn.Sequential(
+            Conv(c_in, c.width, c.wrap_x), *blocks, nn.SiLU(), Conv(c.width, c_out, c.wrap_x)
+        )
+
+    def encode(self, x):
+        """Mean and log variance of q(latents | x), each (B, K, T, H / n, W / n). x (B, C, T, H, W)"""
+        n, T = self.config.patch, x.shape[2]
+        h = rearrange(x, "b c t h w -> (b t) c h w")
+        h = F.pad(h, (0, -h.shape[-1] % n, 0, -h.shape[-2] % n), mode="replicate")
+        h = self.encoder(F.pixel_unshuffle(h, n)).float()
+        return rearrange(h, "(b t) k h w -> b k t h w", t=T).chunk(2, 1)
+
+    def decode(self, latents, size):
+        """Mean of p(x | latents), (B, C, T, *size)."""
+        T = latents.shape[2]
+        h = self.decoder(rearrange(latents, "b k t h w -> (b t) k h w"))
+        h = F.pixel_shuffle(h, self.config.patch)[..., : size[0], : size[1]].float()
+        return rearrange(h, "(b t) c h w -> b c t h w", t=T)
+
+    def forward(self, x, noise):
+        """The two parts of -ELBO in nats: reconstruction, like x, and KL of every latent. noise like x, of which
+        every patch gives that of its latents."""
+        (mean, log_var), n = self.encode(x), self.config.patch
+        noise = F.pad(noise, (0, -x.shape[-1] % n, 0, -x.shape[-2] % n))
+        noise = F.pixel_unshuffle(noise.transpose(1, 2), n)[:, :, : mean.shape[1]].transpose(1, 2)
+        error = x - self.decode(mean + (0.5 * log_var).exp() * noise, x.shape[-2:])
+        reconstruction = 0.5 * (
+            error**2 / self.log_variance.exp() + self.log_variance + math.log(2 * math.pi)
+        )
+        return reconstruction, 0.5 * (mean**2 + log_var.exp() - log_var - 1)
+
+
+class LatentCodec:
+    """A data.Codec and then an autoencoder: physical clips <-> standardised latents. It takes a codec's place:
+    what is trained and sampled through it is a model of latents."""
+
+    def __init__(self, codec, vae, size, mean=0.0, std=1.0, low=None):
+        self.codec, self.vae, self.size = codec, vae.eval().requires_grad_(False), size
+        self.mean, self.std, self.low = mean, std, low  # (K, 1, 1, 1) each
+        self.variables, self.valid = codec.variables, torch.ones(1, 1, 1, 1)
+
+    def fit(self, batches):
+        """Standardise by the latents of batches of physical clips."""
+        latents = torch.cat([self.encode(x).transpose(0, 1).flatten(1) for x in batches], 1)  # (K, n)
+        latents = latents[:, latents.isfinite().all(0)]
+        shape = -1, 1, 1, 1
+        self.mean, self.std = latents.mean(1).view(shape), latents.std(1).view(shape)
+        self.low = (latents.amin(1).view(shape) - self.mean) / self.std
+        return self
+
+    def encode(self, x):
+        """Physical (B, C, T, H, W) -> latents (B, K, T, h, w), NaN in frames without any data."""
+        y = self.codec.encode(x)
+        seen = y.isfinite().any((1, 3, 4))[:, None, :, None, None]  # cells that are missing are at the mean
+        latents = (self.vae.encode(y.nan_to_num())[0] - self.mean) / self.std
+        return latents.where(seen, torch.nan)
+
+    def decode(self, y, valid=False):
+        """The inverse, but for what the autoencoder loses; valid: NaN in cells that never have data."""
+        return self.codec.decode(self.vae.decode(y.cpu() * self.std + self.mean, self.size), valid)
+
+    def limits(self):
+        return -math.inf, math.inf
+
+    def log_slope(self, x):
+        """None: an autoencoder that loses something has no density of fields."""
+
+    def state(self):
+        """The codec's, and "latents": tensors and plain values."""
+        values = {"mean": self.mean, "std": self.std, "low": self.low, "size": list(self.size)}
+        values |= {"config": asdict(self.vae.config), "weights": self.vae.state_dict()}
+        return self.codec.state() | {"latents": values}
+
+    @classmethod
+    def load(cls, codec, state):
+        s = state["latents"]
+        vae = VAE(Config(**s["config"]))
+        vae.load_state_dict(s["weights"])
+        return cls(codec, vae, tuple(s["size"]), s["mean"], s["std"], s["low"])
 
 
 # ------------------------------------------------------------------------------------------------------------

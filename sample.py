@@ -56,6 +56,7 @@ members = 1  # draws for each condition, an ensemble; num_samples / members cond
 method = "linear"  # how what is known moves x_hat [linear | guidance | imputation]
 guidance_weight = 3.0  # of reconstruction guidance [>= 0, method=guidance]
 obs_std = 0.0  # error of what is known, in standard deviations; 0: met exactly [>= 0, method=linear]
+augment_logsnr = 6.0  # noise on the block means that an upsampler (train.py --condition=coarse) is told
 guidance_scale = 1.0  # weight of what the network is told; 0 nothing, above 1 exaggerated [>= 0]
 edit_logsnr = -2.0  # how far the fields are noised; lower keeps less [task=edit]
 # machine and output
@@ -143,7 +144,10 @@ class Problem:
     def given(self, codec):
         """What is known as fields, (R, C, L, H, W) physical, NaN where nothing is."""
         seen = self.observation()
-        return np.where(seen.lift(seen.mask) > 0, codec.decode(seen.lift(seen.y)), np.nan)
+        fields, mask = codec.decode(seen.lift(seen.y)), seen.lift(seen.mask)
+        if mask.shape != fields.shape:  # of latents, that are known by frames
+            mask = mask.amax((1, 3, 4), keepdim=True)
+        return np.where(mask > 0, fields, np.nan)
 
     def unseen(self, codec):
         """The truth of what is drawn, NaN where it was known; None where nothing is known, or no truth."""
@@ -204,7 +208,8 @@ def known_cells(c, clips, model):
     factor = c.factor if c.task == "superres" else 1
     require(H % factor == 0 == W % factor, f"--factor={factor} does not divide the grid of {H} x {W}")
     y = model.codec.encode(clips)
-    frames = known(np.arange(length), length, c) if known else np.zeros(length, bool)
+    told = c.task == "superres" and model.coarse  # an upsampler is told the block means, which are not exact
+    frames = np.zeros(length, bool) if told or not known else known(np.arange(length), length, c)
     mask = y.isfinite().float() * torch.from_numpy(frames)[:, None, None]
     if c.task == "inpaint" and not c.input:  # for want of a hole, the middle is hidden
         mask[..., H // 4 : -(-3 * H // 4), W // 4 : -(-3 * W // 4)] = 0
@@ -222,11 +227,12 @@ def pose(c, model):
     count, t = c.num_samples // c.members, np.arange(length)
     start, before, record, told = np.zeros(count, int), 0, None, None  # before: frames ahead of those read
     clips = np.full((1, len(layout.names), length, *layout.size), np.nan, np.float32)
-    if task.reads or c.input or model.conditions.channels:
+    reads = task.reads or bool(c.input) or model.coarse > 0
+    if reads or model.conditions.channels:
         record = open_input(c, model)
         wanted = min(window, model.settings.frames) if c.task == "extend" else length
         start, n = choose_starts(c, model, record, wanted, count)
-    if task.reads or c.input:
+    if reads:
         before = length - n if c.task == "hindcast" else 0
         clips = np.full((count, *clips.shape[1:3], *record.layout.size), np.nan, np.float32)
         clips[:, :, before : before + n] = data.read_clips(record, start, n)
@@ -235,7 +241,11 @@ def pose(c, model):
     hours = hours + record.hours[start][:, None] if record else hours
     if model.conditions.channels:
         index = np.maximum(start[:, None] + t - before, 0)
-        told = model.conditions.values(record, index, hours, layout.size)
+        told = model.conditions.values(record, index, hours, model.grid)
+    if model.coarse:
+        noised = torch.full((count,), c.augment_logsnr), torch.Generator().manual_seed(c.seed)
+        means = model.tell_coarse(clips, *noised)
+        told = means if told is None else torch.cat([told, means], 1)
     ahead = np.flatnonzero((mask.amax((1, 3, 4)) > 0).all(0))  # frames of which every clip is given something
     fine = np.isfinite(clips).any() and clips.shape[-2:] == layout.size
     return Problem(
@@ -1239,11 +1249,16 @@ def verify_law(c, model, problem, x, folder):
     pieces = pieces.reshape(-1, x.shape[1], n, *x.shape[3:])
     for i, variable in enumerate(model.codec.variables):
         dry, law = c.dry or variable.dry, None
-        if s.dataset == "climate" and not paired:
+        if s.dataset == "climate" and not paired and model.layout.size == (s.size, s.size):
             law = data.rain_law(s.size, n, LEVELS, dry)
         result = compare(pieces[:, i], truth[:, i], variable.floor, dry, area, law, groups, paired)
         report[variable.name] = result
         print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
+        if s.vae:
+            again = model.codec.decode(model.codec.encode(truth), valid=True)[:, i]
+            floor = compare(again, truth[:, i], variable.floor, dry, area, None, None, paired=True)
+            result["autoencoder"] = floor["rows"]
+            print_rows("held-out clips through the autoencoder", floor["rows"])
         verification_picture(folder / picture_name(i, variable), result, variable, model.layout)
         if L >= 2 * T and len(problem.windows) > 1:
             drawn_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)
@@ -1294,11 +1309,17 @@ def load_model(c):
     model.denoiser.network.checkpoint_activations = c.checkpoint_activations
     if compiled:
         model.denoiser.network.compile_blocks()
+    what = f"{c.out_dir} holds an autoencoder: train a model of its latents, train.py --vae={c.out_dir}"
+    require(model.settings.network != "vae", what)
     dataset = model.settings.dataset
     builtin = dataset in ("climate", "gaussian")
     require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
-    told = c.guidance_scale == 1 or model.conditions.channels
+    told = c.guidance_scale == 1 or model.conditions.channels or model.coarse
     require(told, "--guidance_scale needs a checkpoint of train.py with --condition")
+    latent = c.task in ("inpaint", "superres") and model.settings.vae
+    require(not latent, f"--task={c.task} needs cells, and this is a model of latents, which know frames")
+    other = c.task == "superres" and model.coarse not in (0, c.factor)
+    require(not other, f"this upsampler is told means of --factor={model.coarse} cells, not {c.factor}")
     return model, checkpoint["digest"], checkpoint["step"]
 
 
