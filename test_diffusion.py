@@ -80,18 +80,18 @@ def scalar_denoiser(w):
     return denoise
 
 
-MEANS, STDS, SHARES = f64([-1.5, 1.0]), f64([0.3, 0.5]), f64([0.35, 0.65])
-MIXTURE = torch.distributions.MixtureSameFamily(
-    torch.distributions.Categorical(SHARES), torch.distributions.Normal(MEANS, STDS)
+MEAN, VARIANCE = 1.2, 0.16  # of the right half of data with two peaks
+PEAKS = torch.distributions.MixtureSameFamily(
+    torch.distributions.Categorical(f64([0.5, 0.5])),
+    torch.distributions.Normal(f64([-MEAN, MEAN]), VARIANCE**0.5),
 )
 
 
-def mixture_denoiser(z, logsnr):
-    """The exact denoiser of the mixture, elementwise."""
-    alpha, sigma = (a[..., None] for a in D.scales(logsnr, z))
-    off, var = z[..., None] - alpha * MEANS, alpha**2 * STDS**2 + sigma**2
-    share = (SHARES.log() - 0.5 * off**2 / var - 0.5 * var.log()).softmax(-1)
-    return (share * (MEANS + alpha * STDS**2 / var * off)).sum(-1)
+def peaks_denoiser(z, logsnr):
+    """The exact denoiser of data with two peaks, elementwise."""
+    alpha, sigma = D.scales(logsnr, z)
+    var = alpha**2 * VARIANCE + sigma**2
+    return (alpha * VARIANCE * z + sigma**2 * MEAN * torch.tanh(alpha * MEAN * z / var)) / var
 
 
 KINDS = {"apart": ((-3,), (-2,), (-1,)), "together": ((-3, -1), (-2,)), "dense": ((-3, -2, -1),)}
@@ -369,22 +369,6 @@ def test_shift_is_the_conditional_expectation(kind):
     assert (got.flatten() - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_shift_does_not_depend_on_the_batch():
-    law = field_law(4, 8).map(torch.Tensor.float)
-    x = draws(field_law(4, 8), 8).float()
-    mask = (uniform(*x.shape, seed=2) < 0.3).float()
-    mask[3] = 0  # nothing is known of this one
-
-    def shift(which):
-        y, m = (x * mask)[which], mask[which]
-        return law.shift(D.Observation(y, m), torch.zeros_like(y), law.variances[None], D.NEARLY)
-
-    together = shift(slice(None))
-    assert together[3].abs().max() == 0
-    for i in range(8):
-        assert (together[i] - shift([i])[0]).abs().max() < 1e-4
-
-
 def after(step, denoise, z, grid):
     *_, (z, _) = D.sample(denoise, z, grid, step)
     return z
@@ -454,11 +438,10 @@ def variance_of(step, grid, w):
     return (z**2).sum().item()
 
 
-@pytest.mark.parametrize("steps,lower,upper", [(32, 0.911, 1.021), (256, 0.986, 1.003)])
-def test_few_ancestral_steps_in_uniform_time_are_under_dispersed(steps, lower, upper):
-    grid, ancestral = D.Levels().grid(steps), D.SAMPLERS["ancestral"]
+def test_few_ancestral_steps_in_uniform_time_are_under_dispersed():
+    grid, ancestral = D.Levels().grid(32), D.SAMPLERS["ancestral"]
     low, between, up = (variance_of(partial(ancestral, variance=v), grid, 0.3) / 0.3 for v in (0.0, 0.5, 1.0))
-    assert low**0.5 == pytest.approx(lower, abs=6e-4) and up**0.5 == pytest.approx(upper, abs=6e-4)
+    assert low**0.5 == pytest.approx(0.911, abs=6e-4) and up**0.5 == pytest.approx(1.021, abs=6e-4)
     assert low < between < up
 
 
@@ -502,17 +485,6 @@ def test_noise_is_added_until_it_is_not():
     assert len(drawn) == 5  # from -2, -1.5, -1, -0.5 and 0
 
 
-def test_24_evaluations_match_1000_ancestral_steps():
-    """Spectra that samplers make of the exact denoiser of one like that of the rain."""
-    w, emerging = torch.exp(torch.linspace(-5.9, 7.8, 8)).tolist(), D.Levels("logsnr", -12.8, 10.9)
-
-    def distance(name, grid):  # dB
-        ratio = torch.tensor([variance_of(D.SAMPLERS[name], grid, v) / v for v in w])
-        return (10 * ratio.log10()).square().mean().sqrt().item()
-
-    assert distance("dpmpp", emerging.grid(24)) < distance("ancestral", D.Levels().grid(1000)) < 0.2
-
-
 def test_update_is_the_textbook_ddpm_posterior():
     beta = np.linspace(1e-4, 0.02, 1000)
     abar = np.cumprod(1 - beta)
@@ -544,20 +516,11 @@ def test_steps_are_edms_in_its_own_variables(name):
 
 
 @pytest.mark.parametrize("step", [partial(D.SAMPLERS["langevin"], snr=0.25), D.SAMPLERS["pc"]])
-def test_langevin_recovers_the_mixture(step):
+def test_langevin_recovers_both_peaks(step):
     torch.manual_seed(0)
-    x = after(step, mixture_denoiser, normal(20000, 1), D.Levels("logsnr", -8.0, 9.0).grid(80))
-    share = (x < -0.5).double().mean().item()  # between the components, which hardly overlap
-    assert share == pytest.approx(MIXTURE.cdf(f64(-0.5)).item(), abs=0.03)
-
-
-def test_encoding_and_decoding_come_back():
-    w, grid = f64([0.05, 0.3, 1.0, 4.0]), torch.linspace(14, -14, 201, dtype=torch.float64)
-    x = w.sqrt() * normal(4000, 4)
-    latent = after(D.ode, scalar_denoiser(w), D.diffuse(x, grid[:1], 0 * x), grid)
-    back = after(D.ode, scalar_denoiser(w), latent, torch.cat([grid.flip(0), f64([math.inf])]))
-    assert (back - x).abs().max() < 1e-3
-    assert (latent.var(0) - 1).abs().max() < 4 * math.sqrt(2 / 4000)
+    x = after(step, peaks_denoiser, normal(20000, 1), D.Levels("logsnr", -8.0, 9.0).grid(80))
+    below = PEAKS.cdf(q := f64([-1.2, -0.6, 0.0, 0.6, 1.2]))
+    close((x < q).double().mean(0), below, rtol=0, atol=0.02)
 
 
 def test_interpolated_noise_is_noise():
@@ -607,11 +570,11 @@ def test_likelihoods_leave_masked_entries_out():
 ODE_GRID = torch.linspace(14, -14, 401, dtype=torch.float64)
 
 
-def test_ode_likelihood_of_a_mixture():
+def test_ode_likelihood_of_two_peaks():
     torch.manual_seed(0)
-    x = MIXTURE.sample((64, 1))
-    got = D.ode_log_likelihood(mixture_denoiser, x, ODE_GRID, torch.ones(1, 64, 1))
-    assert (got - MIXTURE.log_prob(x)[:, 0]).abs().max() < 1e-2
+    x = PEAKS.sample((64, 1))
+    got = D.ode_log_likelihood(peaks_denoiser, x, ODE_GRID, torch.ones(1, 64, 1))
+    assert (got - PEAKS.log_prob(x)[:, 0]).abs().max() < 1e-2
 
 
 def test_hutchinson_is_unbiased():
@@ -708,21 +671,6 @@ def test_reconstruction_guidance_is_a_sum_per_sample():
     close(guided, known.project(g * z + 2.0 * alpha * g * toward), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("factor,step", [(1, "ancestral"), (1, "dpmpp_sde"), (2, "ddim"), (2, "heun")])
-def test_imputed_entries_follow_the_forward_process(factor, step):
-    """At every level the known part of z is N(alpha y, sigma^2), of block means that of a mean of noise."""
-    y = torch.full((4000, 1, 1, 2 // factor, 2 // factor), 1.5, dtype=torch.float64)
-    known, grid = D.Observation(y, torch.ones_like(y), factor), D.Levels("logsnr", -9.0, 6.0).grid(12)
-    torch.manual_seed(3)
-    denoise = D.imputation(scalar_denoiser(0.3), known)
-    run = D.sample(denoise, normal(4000, 1, 1, 2, 2), grid, D.SAMPLERS[step])
-    for (z, _), l in zip(run, grid[1:-1]):
-        seen, (alpha, sigma) = known.A(z), D.alpha_sigma(l)
-        error = float(sigma) / factor / math.sqrt(seen.numel())
-        assert abs(seen.mean() - 1.5 * alpha) < 5 * error + 0.05 * alpha + 0.02
-        assert abs(seen.std() / (sigma / factor) - 1) < 0.06
-
-
 def test_classifier_free_guidance_extrapolates():
     z = torch.zeros(2, 1)
     guided = [
@@ -743,11 +691,10 @@ def test_clip_keeps_x_hat_in_range():
 def small_unet(**config):
     torch.manual_seed(0)
     net = model.UNet(model.Config(**{"width": 16, "mults": (1, 2), "blocks": 1, "heads": 2, **config}))
-    with torch.no_grad():  # wake the outputs that start at zero
-        for p in net.parameters():
-            if p.abs().max() == 0:
-                p.normal_(0, 0.05)
-    return net.eval()
+    for p in net.requires_grad_(False).parameters():
+        if p.abs().max() == 0:  # wake the outputs that start at zero
+            p.normal_(0, 0.05)
+    return net
 
 
 def touched(net, z, l, cond, a, where):
@@ -759,7 +706,6 @@ def touched(net, z, l, cond, a, where):
     return changed
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("which", ["z", "cond"])
 def test_unet_sees_everything_in_its_own_clip(which):
     """From the last corner of the last frame: padding loses nothing, attention reaches everywhere."""
@@ -770,14 +716,6 @@ def test_unet_sees_everything_in_its_own_clip(which):
     assert (net(z, l + 1, cond) - net(z, l, cond)).abs().amin() > 0
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("T,H,W", [(1, 8, 8), (3, 33, 49), (20, 12, 10)])
-def test_unet_does_not_depend_on_the_batch(T, H, W):
-    net, z, l = small_unet(), torch.randn(3, 1, T, H, W), torch.tensor([-5.0, 0.0, 5.0])
-    close(net(z, l)[1:2], net(z[1:2], l[1:2]), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("wrap", [True, False])
 def test_periodic_longitude_commutes_with_rotation(wrap):
     net, z, l = small_unet(wrap_x=wrap), torch.randn(1, 1, 3, 8, 16), torch.zeros(1)
@@ -787,7 +725,6 @@ def test_periodic_longitude_commutes_with_rotation(wrap):
     assert torch.allclose(net(z.roll(4, -1), l), net(z, l).roll(4, -1), atol=1e-5) == wrap
 
 
-@torch.no_grad()
 def test_wrapped_fields_have_no_seam():
     net = small_unet(wrap_x=True, mults=(1,))  # 10 columns, not a multiple of the patch
     net.position.weight.zero_()
@@ -798,7 +735,6 @@ def test_wrapped_fields_have_no_seam():
     assert (net(z, l) - net(0 * z, l))[..., 0].abs().max() > 1e-3
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("which", ["z", "cond"])
 def test_last_layer_sees_a_cell_and_its_neighbours(which):
     net = small_unet(in_channels=1, cond_channels=1)
@@ -811,14 +747,12 @@ def test_last_layer_sees_a_cell_and_its_neighbours(which):
     assert torch.equal(changed > 1e-6, box)
 
 
-@torch.no_grad()
 def test_time_attention_depends_on_differences():
     q, k, none = torch.randn(1, 6, 8), torch.randn(1, 6, 8), torch.zeros(1, 3, 8)
     later = model.rotary(torch.cat([none, q], 1)) @ model.rotary(torch.cat([none, k], 1)).mT
     close(model.rotary(q) @ model.rotary(k).mT, later[:, 3:, 3:], rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
 def test_norms_know_which_frame_is_wetter():
     size = torch.tensor([1.0, 5.0, 1.0, 2.0, 1.0, 3.0])[:, None, None, None]
     h, norm = torch.randn(6, 32, 4, 5) * size + 1, torch.nn.GroupNorm(2, 32)  # two clips of three frames
@@ -833,7 +767,7 @@ def test_blocks_compile_once():
 
     torch._dynamo.reset()
     counters.clear()
-    net, z, graphs = small_unet(), torch.randn(2, 1, 4, 8, 8), []
+    net, z, graphs = small_unet().requires_grad_(), torch.randn(2, 1, 4, 8, 8), []
     fast = copy.deepcopy(net)
     fast.compile_blocks("eager")
     for l in (-3.0, 0.5, 7.0):  # new log-SNRs are new numbers, not new programs
@@ -885,7 +819,6 @@ def added(spy, z, l, **options):
     return small_denoiser(spy, **options)[0](z, l) - small_denoiser(Spy(torch.zeros(())))[0](z, l)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("T", [1, 4, 11])
 def test_an_untrained_network_gives_the_answer_of_the_gaussian(T):
     denoiser, law = small_denoiser(model.UNet(model.Config(cond_channels=2, width=16)))
@@ -893,13 +826,11 @@ def test_an_untrained_network_gives_the_answer_of_the_gaussian(T):
     close(denoiser.denoise(z, l), law.frames(T).denoise(z, l), rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
 def test_without_the_skip_the_network_is_all():
     net, (z, l) = small_unet(), noisy()
     close(small_denoiser(net, linear_skip=False)[0](z, l), net(z, l))
 
 
-@torch.no_grad()
 def test_the_network_is_shown_the_linear_estimates():
     spy, (z, l), cond = Spy(torch.zeros(())), noisy(), torch.randn(2, 1, 4, 8, 8)
     denoiser, law = small_denoiser(spy)
@@ -910,14 +841,12 @@ def test_the_network_is_shown_the_linear_estimates():
     close(seen, torch.cat([(x_hat - law.mean) / law.spread(l), above, cond], 1))
 
 
-@torch.no_grad()
 def test_what_is_added_is_scaled_by_the_envelope():
     law, (z, l) = small_denoiser(None)[1], noisy()
     expected = law.field(law.envelope(l) * law.modes(torch.ones_like(z)))
     close(added(Spy(torch.ones(())), z, l), expected, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
 def test_a_long_clip_is_shown_in_pieces_that_fade():
     spy = Spy(torch.arange(4.0)[:, None, None])  # where in its piece a frame is
     got = added(spy, *noisy(11, (40.0, 40.0)))[0, 0, :, 0, 0]  # without noise the envelope is 1
@@ -926,7 +855,6 @@ def test_a_long_clip_is_shown_in_pieces_that_fade():
     assert len(spy.shown) == 5 and all(eps.shape[2] == 4 for eps, _ in spy.shown)
 
 
-@torch.no_grad()
 def test_nothing_is_added_where_there_never_are_data():
     valid = (torch.arange(8) >= 4).float().expand(1, 1, 8, 8)
     got = added(Spy(torch.ones(())), *noisy(logsnr=(40.0, 40.0)), valid=valid)
