@@ -273,6 +273,11 @@ def test_averaged_targets_have_the_same_mean(l, z):
     assert (total / norm).item() == pytest.approx(exact.item(), abs=1e-12)
 
 
+def test_in_pure_noise_the_averaged_target_is_the_mean_of_the_batch():
+    x, eps = normal(2, 5, 3)
+    close(D.average_targets(x, eps, f64([-30.0] * 5))[0], x.mean(0).expand(5, 3), rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the Gaussian law
 
@@ -633,13 +638,12 @@ def test_matching_with_noisy_observations(kind):
 
 
 def test_reconstruction_guidance_is_a_sum_per_sample():
-    """White data: x_hat = g z, so grad |y - m x_hat|^2 = -2 g m (y - g z), whatever the neighbours."""
-    z, l, w = normal(3, 1, 3, 4, 4, seed=2), f64([-3.0, 0.0, 2.0]), 0.3
-    known, (alpha, sigma) = observe(normal(3, 1, 3, 4, 4), "means"), D.scales(l, z)
-    g = alpha * w / (alpha**2 * w + sigma**2)
-    guided = D.reconstruction_guidance(scalar_denoiser(w), known, 2.0)(z, l)
-    toward = known.lift(known.y - known.A(g * z)) / 4  # A' of means over four
-    close(guided, known.project(g * z + 2.0 * alpha * g * toward), rtol=1e-9, atol=1e-12)
+    """x_hat = G z with G symmetric: grad |y - A x_hat|^2 = -2 G A' (y - A x_hat), whatever the neighbours."""
+    law, z, l = field_law(2, 4), normal(3, 1, 2, 4, 4, seed=2), f64([-3.0, 0.0, 2.0])
+    known, x_hat, (alpha, sigma) = observe(draws(law, 3), "means"), law.denoise(z, l), D.scales(l, z)
+    back = law.scaled(known.lift(known.y - known.A(x_hat)) / 4, law.wiener(alpha, sigma)[0])
+    guided = D.reconstruction_guidance(law.denoise, known, 2.0)(z, l)
+    close(guided, known.project(x_hat + 2.0 * alpha * back))
 
 
 def test_classifier_free_guidance_extrapolates():
