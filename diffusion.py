@@ -48,24 +48,16 @@ def diffuse(x, logsnr, eps):
 # ------------------------------------------------------------------------------------------------------------
 # levels: which log-SNRs are visited
 
-BETA_MIN, BETA_MAX = 0.1, 20.0  # the VP-SDE's linear beta; DDPM's 1e-4 .. 0.02 times 1000 steps
+BETA, RISE = 0.1, 19.9  # the VP-SDE's beta, BETA + RISE t; DDPM's 1e-4 .. 0.02 times 1000 steps
 EDM_MEAN, EDM_STD = 1.0, 2.4  # EDM's training density of log-SNRs, for data of unit variance
 RHO = 7.0  # exponent of EDM's sampling grid
 
-
-def linear_time(logsnr):
-    """The VP-SDE's time u, from -log alpha^2 = bmin u + (bmax - bmin) u^2 / 2 without cancellation."""
-    G = softplus(-logsnr)
-    return (2 * G / (BETA_MIN + (BETA_MIN**2 + 2 * (BETA_MAX - BETA_MIN) * G).sqrt())).clamp(max=1)
-
-
-def linear_logsnr(u):
-    return -torch.log(torch.expm1(BETA_MIN * u + (BETA_MAX - BETA_MIN) / 2 * u**2))
-
-
 SCHEDULES = {  # a clock g(logsnr), decreasing, and its inverse
     "cosine": (lambda l: torch.atan((-l / 2).exp()), lambda g: -2 * torch.log(torch.tan(g))),
-    "linear": (linear_time, linear_logsnr),
+    "linear": (  # -log alpha^2 = BETA g + RISE g^2 / 2, solved without cancellation
+        lambda l: (2 * softplus(-l) / (BETA + (BETA**2 + 2 * RISE * softplus(-l)).sqrt())).clamp(max=1),
+        lambda g: -torch.log(torch.expm1(BETA * g + RISE / 2 * g**2)),
+    ),
     "logsnr": (lambda l: -l, lambda g: -g),
     "flow": (lambda l: torch.sigmoid(-l / 2), lambda g: 2 * (torch.log1p(-g) - torch.log(g))),
     "normal": (
@@ -80,10 +72,10 @@ SCHEDULES = {  # a clock g(logsnr), decreasing, and its inverse
 class Levels:
     """The log-SNRs of a run: a clock of SCHEDULES, cut to [lo, hi]. Time t runs from 0 (data) to 1 (noise).
 
-    The papers' own: cosine (distillation; Foster's is cut to -7.824 .. 2.2255), linear (DDPM and VP-SDE; ends
-    at -10.05), logsnr (VDM; NCSN's levels), flow (rectified flow: rescaling z makes it the same process),
-    normal (EDM's training), rho (EDM's sampling, -8.76 .. 12.43). shift adds 2 log(shift): below 1 it moves
-    the density towards noise (Hoogeboom et al. 2023); it means nothing for logsnr and rho.
+    cosine (distillation; Foster's is cut to -7.824 .. 2.2255), linear (DDPM, VP-SDE), logsnr (VDM, NCSN),
+    flow (rectified flow: rescaling z makes it the same process), normal (EDM's training), rho (EDM's
+    sampling, -8.76 .. 12.43). shift adds 2 log(shift): below 1 it moves the density towards noise (Hoogeboom
+    et al. 2023).
     """
 
     schedule: str = "cosine"
@@ -151,9 +143,9 @@ class Gaussian:
 
     A climate field is first of all a Gaussian process, and of that everything is known, mode by mode. A mode
     of variance w comes out of the noise at log-SNR -log w (`emergence`). Its best estimate is Wiener's, alpha
-    w / (alpha^2 w + sigma^2) times its coefficient in z (`denoise`): the best linear denoiser, to which a
-    network adds what is not Gaussian, as far as the noise lets it know (`envelope`). How a draw moves when a
-    part of it is known (`shift`), an exact step of a sampler (`flow`), a longer clip (`frames`) follow.
+    w / (alpha^2 w + sigma^2) times its coefficient in z (`denoise`); a network adds to that what is not
+    Gaussian, as far as the noise lets it know (`envelope`). How a draw moves when a part of it is known
+    (`shift`), an exact step of a sampler (`flow`), a longer clip (`frames`) follow.
 
     mean (C, 1, H, W); variances (C, T, H, W) of the modes, which lie where clips have their cells; axes
     ((dims, M), ...): patterns along dimensions of a clip, the rows of M, those of time first.
@@ -243,8 +235,8 @@ class Gaussian:
     def envelope(self, logsnr):
         """How much of v a network may add to each mode at log-SNRs (B,): (B, C, T, H, W), from 0 to 1.
 
-        The geometric mean of the gain, how much z tells of this mode, and its root mean square over all
-        modes: a mode that has not emerged yet is left alone, but for what the others tell of it.
+        The geometric mean of the gain and its root mean square over all modes: a mode that has not emerged
+        yet is left alone, but for what the others tell of it.
         """
         gain, _ = self.wiener(*scales(logsnr.to(self.variances), self.variances[None]))
         return (gain * (gain**2).mean((1, 2, 3, 4), keepdim=True).sqrt()).sqrt()
@@ -298,7 +290,7 @@ class Gaussian:
         angle_t, angle_s = (torch.asinh(w.sqrt() * (l / 2).exp()) for l in (t, s))
         return (S_s / S_t).sqrt(), (S_s / w).sqrt() * (angle_s - angle_t)
 
-    @lru_cache(maxsize=8)
+    @lru_cache
     def frames(self, T):
         """The law of clips of T frames: the autocovariance of every pattern in space is cut or goes on."""
         T0 = self.variances.shape[1]
@@ -410,7 +402,7 @@ def average_targets(x, eps, logsnr):
     """(x, eps) (B, ...) of less variance that make the same z: any clip of the batch may have become z_i.
 
     x is E[x_i | z_i, the clips], whose mean given z_i is E[x | z_i] still: the best denoiser is the same,
-    only the variance of the gradient falls (Rao-Blackwell; Xu et al. 2023), by much in much noise.
+    only the variance of the gradient falls (Rao-Blackwell; Xu et al. 2023).
     """
     alpha, sigma = scales(logsnr, x)
     a, b = alpha.flatten(1), sigma.flatten(1)
@@ -510,8 +502,7 @@ def ode_log_likelihood(denoise, x, logsnrs, probes):
 def sample(denoise, z, logsnrs, step, noise=torch.randn_like):
     """Run a sampler over the grid from z (B, ...) at logsnrs[0]; yields (z, x_hat) after every step.
 
-    A grid ending in +inf ends in a denoised field; a finite one towards noise, with a deterministic step,
-    encodes; one that starts inside the range edits (SDEdit).
+    A grid to +inf ends in a denoised field, one towards noise encodes, one that starts inside edits (SDEdit).
     """
 
     def at(z, logsnr):
@@ -529,8 +520,8 @@ def sample(denoise, z, logsnrs, step, noise=torch.randn_like):
 def update(z, x_hat, t, s, eta=1.0, variance=0.0, noise=torch.randn_like):
     """z_s = c z + (alpha_s - alpha_t c) x_hat + noise: DDPM eq. 7 at eta 1, DDIM eq. 12 in general.
 
-    variance: 0 is (1-r) sigma_s^2, right for data of zero variance, 1 is (1-r) sigma_t^2, for unit variance,
-    between them the interpolation in logs (Nichol and Dhariwal 2021, eq. 15).
+    variance: from 0, right for data of zero variance, to 1, for unit variance (Nichol and Dhariwal 2021, eq.
+    15).
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
     one_minus_r = -torch.expm1(t - s)
@@ -600,8 +591,8 @@ def ode(denoise, z, t, s, noise, memory):
 def langevin(denoise, z, t, s, noise, memory, num_corrections=1, snr=0.16, predictor=None):
     """Predictor-corrector (SDE algorithm 3): a predictor step to s, then Langevin steps on the score there.
 
-    predictor None keeps z / alpha: annealed Langevin dynamics (NCSN algorithm 1). NCSN's step, d = 2 (snr
-    sigma)^2: the SDE paper's depends on the state, which shifts the law.
+    predictor None keeps z / alpha: annealed Langevin dynamics (NCSN algorithm 1). The step, d = 2 (snr
+    sigma)^2, is NCSN's: the SDE paper's depends on the state, which shifts the law.
     """
     if predictor is None:
         z = alpha_sigma(s)[0] / alpha_sigma(t)[0] * z

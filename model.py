@@ -38,7 +38,7 @@ class Config:
 
 
 def by_clip(layer, h, T):
-    """A layer on the frames of a clip together, h (BT, C, H, W) as (B, C, T, H W), in channels_last a view."""
+    """A layer on whole clips: h (BT, C, H, W) as (B, C, T, H W), which in channels_last is a view."""
     x = layer(rearrange(h, "(b t) c h w -> b c t (h w)", t=T))
     return rearrange(x, "b c t (h w) -> (b t) c h w", h=h.shape[-2])
 

@@ -80,18 +80,17 @@ def scalar_denoiser(w):
     return denoise
 
 
-MEANS, STDS, SHARES = f64([-1.5, 1.0]), f64([0.3, 0.5]), f64([0.35, 0.65])
-MIXTURE = torch.distributions.MixtureSameFamily(
-    torch.distributions.Categorical(SHARES), torch.distributions.Normal(MEANS, STDS)
+MEAN, STD = 1.2, 0.4  # of the right half of data with two peaks
+PEAKS = torch.distributions.MixtureSameFamily(
+    torch.distributions.Categorical(f64([0.5, 0.5])), torch.distributions.Normal(f64([-MEAN, MEAN]), STD)
 )
 
 
-def mixture_denoiser(z, logsnr):
-    """The exact denoiser of the mixture, elementwise."""
-    alpha, sigma = (a[..., None] for a in D.scales(logsnr, z))
-    off, var = z[..., None] - alpha * MEANS, alpha**2 * STDS**2 + sigma**2
-    share = (SHARES.log() - 0.5 * off**2 / var - 0.5 * var.log()).softmax(-1)
-    return (share * (MEANS + alpha * STDS**2 / var * off)).sum(-1)
+def peaks_denoiser(z, logsnr):
+    """The exact denoiser of data with two peaks, elementwise."""
+    alpha, sigma = D.scales(logsnr, z)
+    var = alpha**2 * STD**2 + sigma**2
+    return (alpha * STD**2 * z + sigma**2 * MEAN * torch.tanh(alpha * MEAN * z / var)) / var
 
 
 KINDS = {"apart": ((-3,), (-2,), (-1,)), "together": ((-3, -1), (-2,)), "dense": ((-3, -2, -1),)}
@@ -111,10 +110,8 @@ def unit_clips(law):
 
 def dense(law):
     """Mean (D,) and covariance (D, D) of the flattened clips of a law."""
-    basis = law.field(unit_clips(law)).flatten(1)  # rows: modes
-    return law.mean.expand(law.variances.shape).flatten(), basis.T @ (
-        law.variances.flatten()[:, None] * basis
-    )
+    rows = law.field(unit_clips(law)).flatten(1) * law.variances.flatten().sqrt()[:, None]
+    return law.mean.expand(law.variances.shape).flatten(), rows.T @ rows
 
 
 def draws(law, n):
@@ -124,10 +121,8 @@ def draws(law, n):
 def field_law(T, size, mean=0.0):
     """The exact law of the built-in Gaussian field, in its own dense basis."""
     w, U = torch.linalg.eigh(data.gaussian_covariance(T, size))
-    axes = (((-3, -2, -1), U.T.contiguous()),)
-    return D.Gaussian(
-        torch.full((1, 1, size, size), mean).double(), w.clamp(min=1e-9).view(1, T, size, size), axes
-    )
+    w, mean = w.clamp(min=1e-9).view(1, T, size, size), torch.full((1, 1, size, size), mean).double()
+    return D.Gaussian(mean, w, (((-3, -2, -1), U.T.contiguous()),))
 
 
 def observe(x, kind):
@@ -195,18 +190,15 @@ def test_log_density_is_the_slope_of_the_schedule(name):
 
 
 def test_rho_is_edms_grid_without_its_last_level():
-    n, hi, lo = 12, 80.0, 0.002
-    edm = (hi ** (1 / 7) + np.arange(n + 1) / n * (lo ** (1 / 7) - hi ** (1 / 7))) ** 7
-    grid = D.Levels("rho", -2 * math.log(hi), -2 * math.log(lo)).grid(n)
-    np.testing.assert_allclose((-grid[:-1] / 2).exp().numpy(), edm[:-1], rtol=1e-9)
-    assert grid[-1] == math.inf and len(grid) == n + 1
+    n, hi, lo = 12, 80 ** (1 / 7), 0.002 ** (1 / 7)
+    grid = D.Levels("rho", -14 * math.log(hi), -14 * math.log(lo)).grid(n)
+    np.testing.assert_allclose((-grid / 2).exp(), [*(hi + np.arange(n) / n * (lo - hi)) ** 7, 0], rtol=1e-9)
 
 
 def test_times_are_stratified():
     t = D.stratified_times(8, torch.Generator().manual_seed(3)).sort().values
     close(t.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
-    drawn = torch.stack([D.stratified_times(4) for _ in range(4000)])
-    assert drawn.var().item() == pytest.approx(1 / 12, abs=0.005)
+    assert 0 <= t[0] < 1 / 8
 
 
 @pytest.mark.parametrize("t,s", [(-30, -29.94), (-30, -6.9), (-1, 0.5), (7, 30), (29.94, 30), (-30, 30)])
@@ -265,7 +257,7 @@ def test_masked_cells_are_left_out_of_the_loss():
     assert loss.tolist() == pytest.approx([4.5, 4.5])  # 9 in three of six cells
 
 
-@pytest.mark.parametrize("l,z", [(-3.0, 0.4), (0.0, 1.1), (4.0, 3.0)])
+@pytest.mark.parametrize("l,z", [(-3.0, 0.4), (0.0, 1.1), (4.0, 3.0), (9.0, 3.99)])
 def test_averaged_targets_have_the_same_mean(l, z):
     """Data of 0, 1 or 4 with known odds, all batches of three enumerated: the mean target is E[x | z]."""
     values, odds, logsnr = f64([0.0, 1.0, 4.0]), f64([0.5, 0.3, 0.2]), f64([l] * 3)
@@ -274,17 +266,16 @@ def test_averaged_targets_have_the_same_mean(l, z):
     total = norm = 0
     for drawn in itertools.product(range(3), repeat=3):
         x, p = values[list(drawn)][:, None], odds[list(drawn)].prod() * likelihood[drawn[0]]
-        target, _ = D.average_targets(x, (z - alpha * x) / sigma, logsnr)
+        target, eps = D.average_targets(x, (z - alpha * x) / sigma, logsnr)
+        close(alpha * target + sigma * eps, torch.full_like(x, z))
         total, norm = total + p * target[0, 0], norm + p
     exact = (odds * likelihood * values).sum() / (odds * likelihood).sum()
     assert (total / norm).item() == pytest.approx(exact.item(), abs=1e-12)
 
 
-def test_averaged_targets_make_the_same_z():
-    (x, eps), logsnr = normal(2, 5, 1, 2, 3, 3).float(), f64([-9.0, -3.0, 0.0, 5.0, 30.0])
-    new_x, new_eps = D.average_targets(x, eps, logsnr)
-    close(D.diffuse(new_x, logsnr, new_eps), D.diffuse(x, logsnr, eps))
-    assert torch.equal(new_x[4], x[4]) and torch.equal(new_eps[4], eps[4])  # without noise each is itself
+def test_in_pure_noise_the_averaged_target_is_the_mean_of_the_batch():
+    x, eps = normal(2, 5, 3)
+    close(D.average_targets(x, eps, f64([-30.0] * 5))[0], x.mean(0).expand(5, 3), rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -369,22 +360,6 @@ def test_shift_is_the_conditional_expectation(kind):
     assert (got.flatten() - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_shift_does_not_depend_on_the_batch():
-    law = field_law(4, 8).map(torch.Tensor.float)
-    x = draws(field_law(4, 8), 8).float()
-    mask = (uniform(*x.shape, seed=2) < 0.3).float()
-    mask[3] = 0  # nothing is known of this one
-
-    def shift(which):
-        y, m = (x * mask)[which], mask[which]
-        return law.shift(D.Observation(y, m), torch.zeros_like(y), law.variances[None], D.NEARLY)
-
-    together = shift(slice(None))
-    assert together[3].abs().max() == 0
-    for i in range(8):
-        assert (together[i] - shift([i])[0]).abs().max() < 1e-4
-
-
 def after(step, denoise, z, grid):
     *_, (z, _) = D.sample(denoise, z, grid, step)
     return z
@@ -454,24 +429,14 @@ def variance_of(step, grid, w):
     return (z**2).sum().item()
 
 
-@pytest.mark.parametrize("steps,lower,upper", [(32, 0.911, 1.021), (256, 0.986, 1.003)])
-def test_few_ancestral_steps_in_uniform_time_are_under_dispersed(steps, lower, upper):
-    grid, ancestral = D.Levels().grid(steps), D.SAMPLERS["ancestral"]
-    low, between, up = (variance_of(partial(ancestral, variance=v), grid, 0.3) / 0.3 for v in (0.0, 0.5, 1.0))
-    assert low**0.5 == pytest.approx(lower, abs=6e-4) and up**0.5 == pytest.approx(upper, abs=6e-4)
-    assert low < between < up
-
-
-STEPS = {
-    name: D.SAMPLERS[name] for name in ("ancestral", "ddim", "dpmpp", "dpmpp_sde", "heun", "sde", "ode")
-} | {
+STEPS = D.SAMPLERS | {
     "eta_half": partial(D.SAMPLERS["ddim"], eta=0.5),
     "until": partial(D.SAMPLERS["dpmpp_sde"], until=0.0),
     "churn": partial(D.heun, churn=0.02),
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["ancestral", "dpmpp_sde", "sde", "eta_half", "until", "churn"])
 def test_samplers_reach_the_exact_spectrum(name):
     grids = [D.Levels("logsnr", -16.0, 17.0).grid(n) for n in (100, 200)]
     for w in (0.01, 1.0, 100.0):  # a steep spectrum, each eigenvalue a scalar Gaussian
@@ -490,27 +455,10 @@ def test_order_of_convergence(name, order):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
-def test_noise_is_added_until_it_is_not():
-    drawn, grid = [], torch.linspace(-2, 2, 9, dtype=torch.float64)
-
-    def noise(z):
-        drawn.append(z)
-        return z
-
-    step = partial(D.SAMPLERS["dpmpp_sde"], until=0.5)
-    list(D.sample(scalar_denoiser(0.3), f64([[0.7]]), grid, step, noise))
-    assert len(drawn) == 5  # from -2, -1.5, -1, -0.5 and 0
-
-
-def test_24_evaluations_match_1000_ancestral_steps():
-    """Spectra that samplers make of the exact denoiser of one like that of the rain."""
-    w, emerging = torch.exp(torch.linspace(-5.9, 7.8, 8)).tolist(), D.Levels("logsnr", -12.8, 10.9)
-
-    def distance(name, grid):  # dB
-        ratio = torch.tensor([variance_of(D.SAMPLERS[name], grid, v) / v for v in w])
-        return (10 * ratio.log10()).square().mean().sqrt().item()
-
-    assert distance("dpmpp", emerging.grid(24)) < distance("ancestral", D.Levels().grid(1000)) < 0.2
+def test_steps_beyond_until_add_no_noise():
+    z, grid, denoise = normal(4, 1), torch.linspace(-2, 2, 9, dtype=torch.float64), scalar_denoiser(0.3)
+    silent = after(partial(D.SAMPLERS["dpmpp_sde"], until=-2.0), denoise, z, grid)
+    close(silent, after(D.SAMPLERS["dpmpp"], denoise, z, grid), rtol=0, atol=0)
 
 
 def test_update_is_the_textbook_ddpm_posterior():
@@ -521,11 +469,11 @@ def test_update_is_the_textbook_ddpm_posterior():
         mean = math.sqrt(abar[i - 1]) * beta[i] / (1 - abar[i]) * x0
         mean += math.sqrt(1 - beta[i]) * (1 - abar[i - 1]) / (1 - abar[i]) * zt
         args = f64([zt]), f64([x0]), logsnrs[i], logsnrs[i - 1], 1.0
-        at = [D.update(*args, v, torch.zeros_like).item() for v in (0.0, 1.0)]
-        std = [D.update(*args, v, torch.ones_like).item() - m for v, m in zip((0.0, 1.0), at)]
-        assert at[0] == pytest.approx(mean, abs=1e-10)
-        assert std[0] ** 2 == pytest.approx((1 - abar[i - 1]) / (1 - abar[i]) * beta[i], rel=1e-9)
-        assert std[1] ** 2 == pytest.approx(beta[i], rel=1e-9)  # DDPM's other choice, sigma_t^2 = beta_t
+        at = D.update(*args, 0.0, torch.zeros_like).item()
+        low, between, up = (D.update(*args, v, torch.ones_like).item() - at for v in (0.0, 0.5, 1.0))
+        assert at == pytest.approx(mean, abs=1e-10) and between**2 == pytest.approx(low * up)
+        assert low**2 == pytest.approx((1 - abar[i - 1]) / (1 - abar[i]) * beta[i], rel=1e-9)
+        assert up**2 == pytest.approx(beta[i], rel=1e-9)  # DDPM's other choice, sigma_t^2 = beta_t
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun"])
@@ -544,27 +492,18 @@ def test_steps_are_edms_in_its_own_variables(name):
 
 
 @pytest.mark.parametrize("step", [partial(D.SAMPLERS["langevin"], snr=0.25), D.SAMPLERS["pc"]])
-def test_langevin_recovers_the_mixture(step):
+def test_langevin_recovers_both_peaks(step):
     torch.manual_seed(0)
-    x = after(step, mixture_denoiser, normal(20000, 1), D.Levels("logsnr", -8.0, 9.0).grid(80))
-    share = (x < -0.5).double().mean().item()  # between the components, which hardly overlap
-    assert share == pytest.approx(MIXTURE.cdf(f64(-0.5)).item(), abs=0.03)
-
-
-def test_encoding_and_decoding_come_back():
-    w, grid = f64([0.05, 0.3, 1.0, 4.0]), torch.linspace(14, -14, 201, dtype=torch.float64)
-    x = w.sqrt() * normal(4000, 4)
-    latent = after(D.ode, scalar_denoiser(w), D.diffuse(x, grid[:1], 0 * x), grid)
-    back = after(D.ode, scalar_denoiser(w), latent, torch.cat([grid.flip(0), f64([math.inf])]))
-    assert (back - x).abs().max() < 1e-3
-    assert (latent.var(0) - 1).abs().max() < 4 * math.sqrt(2 / 4000)
+    x = after(step, peaks_denoiser, normal(20000, 1), D.Levels("logsnr", -8.0, 9.0).grid(80))
+    below = PEAKS.cdf(q := f64([-1.2, -0.6, 0.0, 0.6, 1.2]))
+    close((x < q).double().mean(0), below, rtol=0, atol=0.02)
 
 
 def test_interpolated_noise_is_noise():
     a, b = normal(2, 20000)
-    close(D.interpolate(a, b, 0.0), a)
-    close(D.interpolate(a, b, 1.0), b, atol=1e-12, rtol=0)
-    assert D.interpolate(a, b, 0.3).var().item() == pytest.approx(1, abs=0.04)
+    assert [D.interpolate(a, b, w).var().item() for w in (0.0, 0.3, 1.0)] == pytest.approx(
+        [1, 1, 1], abs=0.04
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -607,11 +546,11 @@ def test_likelihoods_leave_masked_entries_out():
 ODE_GRID = torch.linspace(14, -14, 401, dtype=torch.float64)
 
 
-def test_ode_likelihood_of_a_mixture():
+def test_ode_likelihood_of_two_peaks():
     torch.manual_seed(0)
-    x = MIXTURE.sample((64, 1))
-    got = D.ode_log_likelihood(mixture_denoiser, x, ODE_GRID, torch.ones(1, 64, 1))
-    assert (got - MIXTURE.log_prob(x)[:, 0]).abs().max() < 1e-2
+    x = PEAKS.sample((64, 1))
+    got = D.ode_log_likelihood(peaks_denoiser, x, ODE_GRID, torch.ones(1, 64, 1))
+    assert (got - PEAKS.log_prob(x)[:, 0]).abs().max() < 1e-2
 
 
 def test_hutchinson_is_unbiased():
@@ -636,8 +575,8 @@ def test_project_gives_the_nearest_field_that_agrees(factor):
     x, known = normal(2, 3, 2, 8, 12), D.Observation(mask * normal(*mask.shape, seed=1), mask, factor)
     p = known.project(x)
     close(known.A(p), known.y)
-    hidden = known.project(normal(*x.shape, seed=2)) - p  # differences of fields that agree
-    assert ((p - x) * (hidden - known.lift(known.A(hidden)))).sum().abs() < 1e-9  # p - x is normal to them
+    between = known.project(normal(*x.shape, seed=2)) - p  # two fields that agree
+    assert ((p - x) * between).sum().abs() < 1e-9  # the way there is normal to them all
 
 
 def test_conjugate_gradients_solve_each_sample_by_itself():
@@ -699,55 +638,34 @@ def test_matching_with_noisy_observations(kind):
 
 
 def test_reconstruction_guidance_is_a_sum_per_sample():
-    """White data: x_hat = g z, so grad |y - m x_hat|^2 = -2 g m (y - g z), whatever the neighbours."""
-    z, l, w = normal(3, 1, 3, 4, 4, seed=2), f64([-3.0, 0.0, 2.0]), 0.3
-    known, (alpha, sigma) = observe(normal(3, 1, 3, 4, 4), "means"), D.scales(l, z)
-    g = alpha * w / (alpha**2 * w + sigma**2)
-    guided = D.reconstruction_guidance(scalar_denoiser(w), known, 2.0)(z, l)
-    toward = known.lift(known.y - known.A(g * z)) / 4  # A' of means over four
-    close(guided, known.project(g * z + 2.0 * alpha * g * toward), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("factor,step", [(1, "ancestral"), (1, "dpmpp_sde"), (2, "ddim"), (2, "heun")])
-def test_imputed_entries_follow_the_forward_process(factor, step):
-    """At every level the known part of z is N(alpha y, sigma^2), of block means that of a mean of noise."""
-    y = torch.full((4000, 1, 1, 2 // factor, 2 // factor), 1.5, dtype=torch.float64)
-    known, grid = D.Observation(y, torch.ones_like(y), factor), D.Levels("logsnr", -9.0, 6.0).grid(12)
-    torch.manual_seed(3)
-    denoise = D.imputation(scalar_denoiser(0.3), known)
-    run = D.sample(denoise, normal(4000, 1, 1, 2, 2), grid, D.SAMPLERS[step])
-    for (z, _), l in zip(run, grid[1:-1]):
-        seen, (alpha, sigma) = known.A(z), D.alpha_sigma(l)
-        error = float(sigma) / factor / math.sqrt(seen.numel())
-        assert abs(seen.mean() - 1.5 * alpha) < 5 * error + 0.05 * alpha + 0.02
-        assert abs(seen.std() / (sigma / factor) - 1) < 0.06
+    """x_hat = G z with G symmetric: grad |y - A x_hat|^2 = -2 G A' (y - A x_hat), whatever the neighbours."""
+    law, z, l = field_law(2, 4), normal(3, 1, 2, 4, 4, seed=2), f64([-3.0, 0.0, 2.0])
+    known, x_hat, (alpha, sigma) = observe(draws(law, 3), "means"), law.denoise(z, l), D.scales(l, z)
+    back = law.scaled(known.lift(known.y - known.A(x_hat)) / 4, law.wiener(alpha, sigma)[0])
+    guided = D.reconstruction_guidance(law.denoise, known, 2.0)(z, l)
+    close(guided, known.project(x_hat + 2.0 * alpha * back))
 
 
 def test_classifier_free_guidance_extrapolates():
-    z = torch.zeros(2, 1)
-    guided = [
-        D.classifier_free(lambda z, l: z + 3, lambda z, l: z + 1, w)(z, z[:, 0]) for w in (0.0, 1.0, 2.5)
-    ]
-    assert [g[0].item() for g in guided] == [1.0, 3.0, 6.0]
-
-
-def test_clip_keeps_x_hat_in_range():
-    denoise = D.clip(lambda z, l: 5 * z, -1.0, 2.0)
-    assert denoise(f64([[-3.0, 0.1, 3.0]]), f64([0.0])).tolist() == [[-1.0, 0.5, 2.0]]
+    guided = D.classifier_free(lambda z, l: z + 3, lambda z, l: z + 1, 2.5)
+    assert guided(torch.zeros(2, 1), torch.zeros(2)).tolist() == [[6.0], [6.0]]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the network
 
 
+def noisy(*shape, logsnr=(-3.0, 2.0)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.tensor(logsnr)
+
+
 def small_unet(**config):
     torch.manual_seed(0)
     net = model.UNet(model.Config(**{"width": 16, "mults": (1, 2), "blocks": 1, "heads": 2, **config}))
-    with torch.no_grad():  # wake the outputs that start at zero
-        for p in net.parameters():
-            if p.abs().max() == 0:
-                p.normal_(0, 0.05)
-    return net.eval()
+    for p in net.requires_grad_(False).parameters():
+        if p.abs().max() == 0:  # wake the outputs that start at zero
+            p.normal_(0, 0.05)
+    return net
 
 
 def touched(net, z, l, cond, a, where):
@@ -759,7 +677,6 @@ def touched(net, z, l, cond, a, where):
     return changed
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("which", ["z", "cond"])
 def test_unet_sees_everything_in_its_own_clip(which):
     """From the last corner of the last frame: padding loses nothing, attention reaches everywhere."""
@@ -770,14 +687,6 @@ def test_unet_sees_everything_in_its_own_clip(which):
     assert (net(z, l + 1, cond) - net(z, l, cond)).abs().amin() > 0
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("T,H,W", [(1, 8, 8), (3, 33, 49), (20, 12, 10)])
-def test_unet_does_not_depend_on_the_batch(T, H, W):
-    net, z, l = small_unet(), torch.randn(3, 1, T, H, W), torch.tensor([-5.0, 0.0, 5.0])
-    close(net(z, l)[1:2], net(z[1:2], l[1:2]), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("wrap", [True, False])
 def test_periodic_longitude_commutes_with_rotation(wrap):
     net, z, l = small_unet(wrap_x=wrap), torch.randn(1, 1, 3, 8, 16), torch.zeros(1)
@@ -787,38 +696,38 @@ def test_periodic_longitude_commutes_with_rotation(wrap):
     assert torch.allclose(net(z.roll(4, -1), l), net(z, l).roll(4, -1), atol=1e-5) == wrap
 
 
-@torch.no_grad()
-def test_wrapped_fields_have_no_seam():
-    net = small_unet(wrap_x=True, mults=(1,))  # 10 columns, not a multiple of the patch
-    net.position.weight.zero_()
-    for attention in net.attention:
-        attention.out.weight.zero_()
-    z, l = torch.zeros(1, 1, 1, 8, 10), torch.zeros(1)
-    z[..., 9] = 1.0  # seen from the first column, across the edge
-    assert (net(z, l) - net(0 * z, l))[..., 0].abs().max() > 1e-3
+def test_odd_widths_are_padded_around_the_globe():
+    h = torch.randn(2, 1, 8, 9)
+    padded, left = small_unet(wrap_x=True).pad(h)
+    width = padded.shape[-1]
+    assert width % 4 == 0 and 0 < left < width - 9
+    assert torch.equal(padded, h.repeat(1, 1, 1, 3)[..., 9 - left : 9 - left + width])
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("which", ["z", "cond"])
 def test_last_layer_sees_a_cell_and_its_neighbours(which):
-    net = small_unet(in_channels=1, cond_channels=1)
+    net = small_unet(in_channels=1, cond_channels=1, wrap_x=True)  # padded on both sides, and cut
     net.features.weight.zero_()
     net.features.bias.zero_()  # nothing from the patches
-    z, cond, l = torch.randn(2, 1, 4, 8, 8), torch.randn(2, 1, 4, 8, 8), torch.tensor([-4.0, 4.0])
-    box = torch.zeros(2, 1, 4, 8, 8, dtype=torch.bool)
+    z, cond, l = torch.randn(2, 1, 4, 8, 9), torch.randn(2, 1, 4, 8, 9), torch.tensor([-4.0, 4.0])
+    box = torch.zeros(z.shape, dtype=torch.bool)
     box[0, 0, :3, :5, 1:6] = True
     changed = touched(net, z, l, cond, {"z": z, "cond": cond}[which], (0, 0, 1, 2, 3))
-    assert torch.equal(changed > 1e-6, box)
+    assert torch.equal(changed > 0, box)
 
 
-@torch.no_grad()
 def test_time_attention_depends_on_differences():
     q, k, none = torch.randn(1, 6, 8), torch.randn(1, 6, 8), torch.zeros(1, 3, 8)
     later = model.rotary(torch.cat([none, q], 1)) @ model.rotary(torch.cat([none, k], 1)).mT
     close(model.rotary(q) @ model.rotary(k).mT, later[:, 3:, 3:], rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
+def test_time_attention_knows_the_order():
+    attention, x = model.Attention(32, 2, "time"), torch.randn(6, 32, 2, 2)
+    torch.nn.init.normal_(attention.out.weight)
+    assert (attention(x, 6) - attention(x.flip(0), 6).flip(0)).abs().max() > 1e-2
+
+
 def test_norms_know_which_frame_is_wetter():
     size = torch.tensor([1.0, 5.0, 1.0, 2.0, 1.0, 3.0])[:, None, None, None]
     h, norm = torch.randn(6, 32, 4, 5) * size + 1, torch.nn.GroupNorm(2, 32)  # two clips of three frames
@@ -833,7 +742,7 @@ def test_blocks_compile_once():
 
     torch._dynamo.reset()
     counters.clear()
-    net, z, graphs = small_unet(), torch.randn(2, 1, 4, 8, 8), []
+    net, z, graphs = small_unet().requires_grad_(), torch.randn(2, 1, 4, 8, 8), []
     fast = copy.deepcopy(net)
     fast.compile_blocks("eager")
     for l in (-3.0, 0.5, 7.0):  # new log-SNRs are new numbers, not new programs
@@ -864,10 +773,6 @@ def small_denoiser(network, **options):
     return model.Denoiser(network, law, "v", 4, torch.full((1, 1, 1, 1), -0.4), **options), law
 
 
-def noisy(T=4, logsnr=(-3.0, 2.0)):
-    return torch.randn(2, 1, T, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(logsnr)
-
-
 class Spy(torch.nn.Module):
     """A network that notes what it is shown, and always answers the same."""
 
@@ -885,23 +790,20 @@ def added(spy, z, l, **options):
     return small_denoiser(spy, **options)[0](z, l) - small_denoiser(Spy(torch.zeros(())))[0](z, l)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("T", [1, 4, 11])
 def test_an_untrained_network_gives_the_answer_of_the_gaussian(T):
     denoiser, law = small_denoiser(model.UNet(model.Config(cond_channels=2, width=16)))
-    z, l = noisy(T)
+    z, l = noisy(2, 1, T, 8, 8)
     close(denoiser.denoise(z, l), law.frames(T).denoise(z, l), rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
 def test_without_the_skip_the_network_is_all():
-    net, (z, l) = small_unet(), noisy()
+    net, (z, l) = small_unet(), noisy(2, 1, 4, 8, 8)
     close(small_denoiser(net, linear_skip=False)[0](z, l), net(z, l))
 
 
-@torch.no_grad()
 def test_the_network_is_shown_the_linear_estimates():
-    spy, (z, l), cond = Spy(torch.zeros(())), noisy(), torch.randn(2, 1, 4, 8, 8)
+    spy, (z, l), cond = Spy(torch.zeros(())), noisy(2, 1, 4, 8, 8), torch.randn(2, 1, 4, 8, 8)
     denoiser, law = small_denoiser(spy)
     denoiser(z, l, cond)
     (eps, seen), (x_hat, eps_hat), (alpha, sigma) = spy.shown[0], law.estimates(z, l), D.scales(l, z)
@@ -910,26 +812,25 @@ def test_the_network_is_shown_the_linear_estimates():
     close(seen, torch.cat([(x_hat - law.mean) / law.spread(l), above, cond], 1))
 
 
-@torch.no_grad()
 def test_what_is_added_is_scaled_by_the_envelope():
-    law, (z, l) = small_denoiser(None)[1], noisy()
+    law, (z, l) = small_denoiser(None)[1], noisy(2, 1, 4, 8, 8)
     expected = law.field(law.envelope(l) * law.modes(torch.ones_like(z)))
     close(added(Spy(torch.ones(())), z, l), expected, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
 def test_a_long_clip_is_shown_in_pieces_that_fade():
     spy = Spy(torch.arange(4.0)[:, None, None])  # where in its piece a frame is
-    got = added(spy, *noisy(11, (40.0, 40.0)))[0, 0, :, 0, 0]  # without noise the envelope is 1
+    got = added(spy, *noisy(2, 1, 11, 8, 8, logsnr=(40.0, 40.0)))[
+        0, 0, :, 0, 0
+    ]  # without noise the envelope is 1
     # weights 1 3 3 1; (3, 1) of 4, frame 7 (1, 3, 1) of 5, frame 8 (3, 3) of 6
     close(got, torch.tensor([0, 1, *[1.5] * 5, 1.2, 1.5, 2.25, 3]), rtol=1e-3, atol=1e-3)
     assert len(spy.shown) == 5 and all(eps.shape[2] == 4 for eps, _ in spy.shown)
 
 
-@torch.no_grad()
 def test_nothing_is_added_where_there_never_are_data():
     valid = (torch.arange(8) >= 4).float().expand(1, 1, 8, 8)
-    got = added(Spy(torch.ones(())), *noisy(logsnr=(40.0, 40.0)), valid=valid)
+    got = added(Spy(torch.ones(())), *noisy(2, 1, 4, 8, 8, logsnr=(40.0, 40.0)), valid=valid)
     close(got, valid.expand_as(got), rtol=1e-3, atol=1e-3)
 
 
