@@ -694,6 +694,20 @@ def classifier_free(denoise, unconditional, scale):
     return lambda z, logsnr: torch.lerp(unconditional(z, logsnr), denoise(z, logsnr), scale)
 
 
+def classifier_guidance(denoise, log_prob, scale=1.0):
+    """x_hat + (sigma^2 / alpha) scale grad_z log p(c | z): Bayes' rule for the score (SDE eq. 14). log_prob(z,
+    logsnr) -> (B,)"""
+
+    def guided(z, logsnr):
+        alpha, sigma = scales(logsnr, z)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            gradient = torch.autograd.grad(log_prob(z, logsnr).sum(), z)[0]
+        return denoise(z.detach(), logsnr) + sigma**2 / alpha * scale * gradient
+
+    return guided
+
+
 def imputation(denoise, known):
     """x_hat with its known part put right (Lugmayr et al. 2022, Song et al. 2021 app. I.2).
 

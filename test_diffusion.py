@@ -651,6 +651,22 @@ def test_classifier_free_guidance_extrapolates():
     assert guided(torch.zeros(2, 1), torch.zeros(2)).tolist() == [[6.0], [6.0]]
 
 
+def test_classifier_guidance_is_bayes_rule():
+    """c = a x + noise observed: with log p(c | z) in closed form the guided estimate is E[x | z, c]."""
+    w, a, s, c = f64([2.0, 0.3]), f64([1.0, -2.0]), 0.7, 1.3
+    z, l = normal(5, 2), torch.linspace(-4, 4, 5, dtype=torch.float64)
+    alpha, sigma = D.scales(l, z)
+    gain, V = alpha * w / (alpha**2 * w + sigma**2), w * sigma**2 / (alpha**2 * w + sigma**2)
+    variance = (a**2 * V).sum(1) + s**2
+
+    def log_p(z, logsnr):
+        return -0.5 * (c - (a * gain * z).sum(1)) ** 2 / variance
+
+    expected = gain * z + V * a * ((c - (a * gain * z).sum(1)) / variance)[:, None]
+    close(D.classifier_guidance(scalar_denoiser(w), log_p)(z, l), expected)
+    close(D.classifier_guidance(scalar_denoiser(w), log_p, 0.0)(z, l), gain * z)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the network
 
@@ -840,6 +856,109 @@ def test_a_denoiser_takes_its_gaussian_along():
     moved = copy.deepcopy(denoiser).to(torch.float64)
     assert moved.gaussian.mean.dtype == torch.float64 and denoiser.gaussian.mean.dtype == torch.float32
     assert moved.gaussian.frames(6).variances.dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the transformer, the autoencoder
+
+
+def transformer(time_patch=1, wrap_x=False, seed=0):
+    """A DiT with random weights everywhere, where a new one has zeros."""
+    torch.manual_seed(seed)
+    network = model.DiT(model.Config(1, 1, 16, (1,), 1, 2, time_patch, wrap_x=wrap_x, heads=2))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return network
+
+
+CLIP = (torch.randn(2, 1, 3, 6, 10), torch.randn(2), torch.randn(2, 1, 3, 6, 10))
+
+
+@pytest.mark.parametrize("time_patch,wrap_x", [(1, False), (2, False), (1, True)])
+def test_a_transformer_sees_every_cell_of_any_clip(time_patch, wrap_x):
+    z = torch.randn(1, 1, 3, 7, 9, requires_grad=True)
+    network = transformer(time_patch, wrap_x).double()
+    out = network(z.double(), f64([0.3]), torch.ones(1, 1, 3, 7, 9).double())
+    assert out.shape == z.shape
+    out[0, 0, 1, 3, 4].backward()
+    assert (z.grad != 0).all()
+
+
+def test_a_new_transformer_is_zero():
+    assert not model.DiT(model.Config(1, 1, 16, (1,), 1, 2))(*CLIP).any()
+
+
+def test_a_transformer_knows_time_by_differences_alone(monkeypatch):
+    network, turns = transformer(), model.turns
+    expected = network(*CLIP)
+    monkeypatch.setattr(model, "turns", lambda n, pairs, device: turns(n + 5, pairs, device)[5:])
+    close(network(*CLIP), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transformer_around_the_globe_has_no_seam():
+    network = transformer(wrap_x=True)
+    network.position_features = lambda H, W, device: torch.zeros(1, 8, H, W)
+    z, logsnr, cond = CLIP
+    rolled = network(z.roll(4, -1), logsnr, cond.roll(4, -1))
+    close(rolled, network(z, logsnr, cond).roll(4, -1), rtol=1e-3, atol=1e-3)
+
+
+def test_a_transformer_compiles_whole():
+    expected, network = transformer()(*CLIP), transformer()
+    network.compile_blocks(backend="eager")
+    close(network(*CLIP), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_linear_autoencoder_is_probabilistic_pca():
+    """Its ELBO reaches the likelihood of PPCA (Tipping and Bishop 1999 eq. 8; Lucas et al. 2019)."""
+    torch.manual_seed(0)
+    x = normal(4000, 4) @ torch.diag(f64([2.0, 1.0, 0.4, 0.2])) @ torch.linalg.qr(normal(4, 4, seed=1))[0]
+    x = x.float().view(-1, 1, 1, 2, 2)
+    vae = model.VAE(model.Config(1, width=16, blocks=0, patch=2, latents=2))
+    optimizer = torch.optim.Adam(vae.parameters(), 0.02)
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 600) + 1e-4
+        reconstruction, kl = vae(x, normal(*x.shape, seed=step).float())
+        optimizer.zero_grad()
+        ((reconstruction.sum() + kl.sum()) / len(x)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        parts = [vae(x, normal(*x.shape, seed=k).float()) for k in range(20)]
+    elbo = -np.mean([(r.sum() + kl.sum()).item() / len(x) for r, kl in parts])
+    variances = torch.linalg.eigvalsh((x.flatten(1).T @ x.flatten(1) / len(x)).double()).flip(0)
+    exact = -0.5 * (
+        variances[:2].log().sum() + 2 * variances[2:].mean().log() + 4 + 4 * math.log(2 * math.pi)
+    )
+    assert elbo == pytest.approx(exact.item(), rel=0.01) and elbo < exact + 0.01
+
+
+@pytest.fixture(scope="module")
+def latent():
+    torch.manual_seed(0)
+    walk = np.cumsum(np.random.default_rng(0).standard_normal((40, 7, 10)), 0).astype(np.float32)
+    record = data.read_arrays("walk", {"walk": walk}, [])[0]
+    codec = data.Codec.fit(record, np.arange(30), 4, "none")
+    vae = model.VAE(model.Config(1, width=16, blocks=1, patch=4, latents=3))
+    clips = data.read_clips(record, np.arange(30), 4)
+    return model.LatentCodec(codec, vae, (7, 10)).fit([clips[:15], clips[15:]]), clips
+
+
+def test_latents_are_standardised_and_of_any_grid(latent):
+    codec, clips = latent
+    latents = codec.encode(clips)
+    assert latents.shape == (30, 3, 4, 2, 3) and codec.decode(latents).shape == clips.shape
+    flat = latents.transpose(0, 1).flatten(1)
+    close(flat.mean(1), torch.zeros(3), atol=1e-4, rtol=0)
+    close(flat.std(1), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_a_frame_that_is_missing_has_no_latents_and_changes_no_others(latent):
+    codec, clips = latent
+    holes = clips.copy()
+    holes[:, :, 2] = np.nan
+    latents, expected = codec.encode(holes), codec.encode(clips)
+    assert latents[:, :, 2].isnan().all()
+    close(latents[:, :, [0, 1, 3]], expected[:, :, [0, 1, 3]])
 
 
 # ------------------------------------------------------------------------------------------------------------
