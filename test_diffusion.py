@@ -2826,7 +2826,6 @@ TINY = "dataset=walk.npy frames=4 width=16 mults=1 patch=4 batch_size=4 warmup_i
 TINY += " log_interval=1 max_iters=2 device=cpu dtype=float32"
 DRAW = "num_samples=4 steps=3 verify=false device=cpu dtype=float32"
 STILL = " learning_rate=1e-12 min_lr=0"  # a network of zeros: the Gaussian law alone
-NO_SAMPLES = shutil.ignore_patterns("samples")
 TOLD = "dataset=told.npz variables=walk condition=hill,tide,hour"
 
 
@@ -2836,13 +2835,13 @@ def inputs(tmp_path_factory):
     d, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
     walk = np.cumsum(rng.standard_normal((60, 8, 8)), 0).astype(np.float32)
     rain = np.maximum(rng.standard_normal(walk.shape), 0).astype(np.float32)
-    still = np.broadcast_to(rng.standard_normal((8, 8)), walk.shape)
     hole, land = walk[:40].copy(), walk.copy()
     hole[20:22, 2:5, 3:6], land[:, :3] = np.nan, np.nan
-    arrays = {"walk": walk, "hole": hole, "land": land, "rain": rain, "still": still, "now": walk[-2:]}
-    arrays |= {"gaps": np.where(rng.random(walk.shape) < 0.2, np.nan, land), "short": walk[:6]}
+    arrays = {"walk": walk, "hole": hole, "land": land, "rain": rain, "now": walk[-2:], "short": walk[:6]}
+    arrays["still"] = np.broadcast_to(rng.standard_normal((8, 8)), walk.shape)
+    arrays["gaps"] = np.where(rng.random(walk.shape) < 0.2, np.nan, land)
     arrays |= {"coarse": walk[:40].reshape(40, 4, 2, 4, 2).mean((2, 4)), "narrow": walk[..., :4]}
-    for name, a in (arrays | {"constant": 0 * walk}).items():
+    for name, a in arrays.items():
         np.save(d / f"{name}.npy", a)
     hours, tide = np.datetime64("2001-01-01", "h") + 6 * np.arange(60), np.arange(60) % 7 / 4
     told = {"time": hours, "tide": tide, "hill": np.arange(64.0).reshape(8, 8), "walk": walk}
@@ -2859,7 +2858,6 @@ def workplace(inputs, monkeypatch):
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(data, "SEASONS", 20)
     monkeypatch.setattr(data, "SEASON_HOURS", 40)
-    monkeypatch.setattr(train, "peak_flops", lambda *machine: 1e9)
     return inputs
 
 
@@ -2904,7 +2902,8 @@ def trained(workplace, cache):
 @pytest.fixture
 def own(trained, tmp_path):
     """The same as a copy that may be trained on or damaged."""
-    return lambda settings="": Path(shutil.copytree(trained(settings), tmp_path / "own", ignore=NO_SAMPLES))
+    ignore = shutil.ignore_patterns("samples")
+    return lambda settings="": Path(shutil.copytree(trained(settings), tmp_path / "own", ignore=ignore))
 
 
 def drawn(folder, settings="", **more):
@@ -2920,9 +2919,9 @@ def results(folder):
     return SimpleNamespace(x=x.reshape(-1, *x.shape[-4:]), file=file, report=report)
 
 
-def posed(folder, settings="", **more):
+def posed(folder, settings=""):
     """The Problem of these settings."""
-    c, given, rules = train.configure(sample.__file__, line(parse(DRAW) | parse(settings) | more))
+    c, given, rules = train.configure(sample.__file__, line(parse(DRAW) | parse(settings)))
     train.check_owners(c, given, rules)
     sample.check(c)
     return sample.pose(c, model_of(folder))
@@ -2990,17 +2989,11 @@ def error_lines(path):
 # settings
 
 EVERY = [(script, *s) for script in (train, sample) for s in train.read_settings(script.__file__)]
+
+
 every = pytest.mark.parametrize(
-    "script,name,default,comment,rules", [pytest.param(*s, id=f"{s[0].__name__} {s[1]}") for s in EVERY]
+    "script,name,default,comment,rules", EVERY, ids=[f"{s[0].__name__} {s[1]}" for s in EVERY]
 )
-
-
-@pytest.mark.parametrize("script", [train, sample])
-def test_every_line_of_the_block_is_a_setting(script):
-    block = re.split(r"(?m)^# -{20,}$", Path(script.__file__).read_text())[1]
-    names = [text.split(" = ")[0] for text in block.splitlines() if text and not text.startswith("#")]
-    settings = train.read_settings(script.__file__)
-    assert names == [s[0] for s in settings] and all(getattr(script, s[0]) == s[1] for s in settings)
 
 
 @every
@@ -3008,9 +3001,10 @@ def test_brackets_hold_and_tables_exist(script, name, default, comment, rules):
     def accepts(value):
         try:
             return getattr(train.configure(script.__file__, [f"--{name}={value}"])[0], name) == value
-        except data.InputError as e:
-            return f"--{name}={value} must be" not in str(e) and "is not one of" not in str(e)
+        except data.InputError:
+            return False
 
+    assert accepts(default)
     for module, table in re.findall(r"\b(?:(data|diffusion)\.)?([A-Z]{4,}S)\b", comment):
         assert len(getattr(sys.modules[module] if module else script, table)) > 2
     for rule in rules:
@@ -3020,9 +3014,15 @@ def test_brackets_hold_and_tables_exist(script, name, default, comment, rules):
         elif sign in train.COMPARE:
             bound = type(default)(float(bound))
             beyond = bound + (1 if "<" in sign else -1) * (1 if isinstance(default, int) else 1e-6)
-            assert accepts(bound) == ("=" in sign) and not accepts(beyond) and accepts(default)
+            assert accepts(bound) == ("=" in sign) and not accepts(beyond)
         else:
-            assert rule == "fixed" or rule.partition("=")[0] in ("task", "sampler", "method", "schedule")
+            assert rule == "fixed" or rule.partition("=")[0] in (
+                "task",
+                "sampler",
+                "method",
+                "schedule",
+                "network",
+            )
 
 
 OTHERS = "width=32 mults=1,2,2 edit_logsnr=1.0 param=eps schedule=cosine weighting=min_snr sampler=ode"
@@ -3097,42 +3097,24 @@ def test_runs_with_edited_globals(script, values, argv, trained, tmp_path):
 
 # every value of a table
 
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *(f"schedule={name}" for name in ("spectrum", *diffusion.SCHEDULES)),
-        *(f"weighting={name}" for name in diffusion.WEIGHTINGS),
-        *(f"param={name}" for name in diffusion.PARAMS),
-        *(f"transform={name} dataset=rain.npy" for name in data.TRANSFORMS),
-        *(
-            "linear_skip=false",
-            "transform=none,cbrt dataset=pair.npz",
-            "gradient_accumulation_steps=2",
-            "frames=1",
-            "frames=5 min_frames=1",
-        ),
-    ],
-)
-def test_trains_with(settings, trained):
-    kept = checkpoint_of(trained(settings))
-    assert parse(settings).items() <= {k: str(v).lower() for k, v in kept["settings"].items()}.items()
-    assert (
-        kept["optimizer"]["state"]
-        and np.isfinite(drawn(trained(settings), "spacing=time num_samples=2").x).all()
-    )
+PLANS = [f"schedule={name}" for name in ("spectrum", *diffusion.SCHEDULES)]
+PLANS += [f"weighting={name}" for name in diffusion.WEIGHTINGS]
+PLANS += [f"param={name}" for name in diffusion.PARAMS]
+PLANS += [f"transform={name} dataset=rain.npy" for name in data.TRANSFORMS]
+PLANS += ["linear_skip=false", "transform=none,cbrt dataset=pair.npz", "gradient_accumulation_steps=2"]
+PLANS += ["frames=1", "frames=5 min_frames=1", "checkpoint_activations=true"]
+PLANS += ["network=dit time_patch=2", "network=dit min_frames=1", "coarsen=2", "coarsen=2 condition=coarse"]
 
 
-DRAWS = [f"sampler={name} steps=20" for name in diffusion.SAMPLERS] + [
-    "spacing=rho",
-    "spacing=time",
-    "clip=true",
-]
+DRAWS = [f"sampler={name} steps=20" for name in diffusion.SAMPLERS]
+DRAWS += ["spacing=rho", "spacing=time", "clip=true"]
 
 
-@pytest.mark.parametrize("settings", DRAWS)
-def test_draws_with(settings, trained):
-    assert np.isfinite(drawn(trained(), settings).x).all()
+@pytest.mark.parametrize("plan,drawing", [*((p, "spacing=time") for p in PLANS), *(("", d) for d in DRAWS)])
+def test_trains_and_draws_with(plan, drawing, trained):
+    folder = trained(plan)
+    kept = {k: str(v).lower() for k, v in checkpoint_of(folder)["settings"].items()}
+    assert parse(plan).items() <= kept.items() and np.isfinite(drawn(folder, drawing).x).all()
 
 
 # training
@@ -3151,9 +3133,7 @@ def test_resume_is_bit_identical(workplace, tmp_path):
     with (tmp_path / "log.jsonl").open("a") as f:
         f.write('{"iter": 3, "lo')  # torn by a crash
     torch.manual_seed(123)
-    assert (
-        resume(tmp_path)["step"] == 6
-    )  # every setting comes from the checkpoint, the future is written anew
+    resume(tmp_path)  # every setting comes from the checkpoint, the future is written anew
     assert state_of(tmp_path) == whole and [entry["iter"] for entry in whole[0]] == [1, 2, 3, 4, 5, 6]
 
 
@@ -3172,20 +3152,16 @@ def test_stopped_by_a_signal_and_resumed_is_bit_identical(workplace, tmp_path, m
     assert stop.value.code == 143 and checkpoint_of(tmp_path / "cut")["step"] == 3
     resume(tmp_path / "cut")
     (whole, weights), (cut, again) = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
-    assert weights == again
-    assert [entry["iter"] for entry in whole] == [4, 6] and [entry["iter"] for entry in cut] == [3, 4, 6]
+    assert weights == again and [entry["iter"] for entry in cut] == [3, 4, 6]
     mean = (3 * cut[0]["loss"] + cut[1]["loss"]) / 4  # a line is of the steps since the last
     assert whole[0]["loss"] == pytest.approx(mean, abs=2e-6) and whole[1] == cut[2]
 
 
 def test_settings_given_on_resume_hold_and_the_others_are_kept(own):
-    folder = own("max_iters=4 eval_interval=2")
-    past = log_of(folder)[:2]
-    os.replace(folder / "ckpt.prev.pt", folder / "ckpt.pt")
+    folder = own()
     resume(folder, "learning_rate=0.5 max_iters=3")
-    kept = resume(folder, "max_iters=4")
-    assert kept["settings"]["learning_rate"] == 0.5 and kept["settings"]["batch_size"] == 4
-    assert log_of(folder)[:2] == past and len(log_of(folder)) == 4 and log_of(folder)[2]["lr"] > 0.01
+    kept = resume(folder, "max_iters=4")["settings"]
+    assert kept["learning_rate"] == 0.5 and kept["batch_size"] == 4 and log_of(folder)[2]["lr"] > 0.01
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -3200,7 +3176,7 @@ def test_averages_keep_their_share(workplace, tmp_path):
     for key, now in three["model"].items():  # after n updates the average keeps (1 + n) / (10 + n) of itself
         torch.testing.assert_close(three["ema"][key], now.lerp(two["ema"][key], 3 / 12))
     weights = model_of(tmp_path).denoiser.network.state_dict()  # what is drawn from
-    assert all(torch.equal(weights[key], value) for key, value in three["ema"].items())
+    assert all(torch.equal(three["ema"][key], value) for key, value in weights.items())
 
 
 def broken(steps):
@@ -3215,34 +3191,25 @@ def broken(steps):
 
 
 def test_a_step_without_a_finite_gradient_is_left_out(workplace, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Clips, "__getitem__", broken({2}))
+    monkeypatch.setattr(train.Clips, "__getitem__", broken({0, 2}))
     three, two = learn(tmp_path, "max_iters=3 eval_interval=2"), checkpoint_of(tmp_path, "ckpt.prev.pt")
     assert all(torch.equal(three["model"][k], v) for k, v in two["model"].items())
-    assert [entry["skipped"] for entry in log_of(tmp_path)] == [0, 0, 1]
+    assert [entry["skipped"] for entry in log_of(tmp_path)] == [1, 0, 1]  # since the last line
 
 
-@pytest.mark.parametrize("log_interval", [1, 5, 20])
-def test_ten_steps_without_a_finite_gradient_stop(log_interval, workplace, tmp_path, monkeypatch):
+def test_ten_steps_without_a_finite_gradient_stop(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Clips, "__getitem__", broken(range(7, 99)))
-    with pytest.raises(RuntimeError, match="no gradient was finite.*lower --learning_rate"):
-        learn(tmp_path, "max_iters=60 eval_interval=6", log_interval=log_interval)
+    with pytest.raises(RuntimeError, match="no gradient was finite in the 10 steps up to 17"):
+        learn(tmp_path, "max_iters=60 eval_interval=6")
     kept = checkpoint_of(tmp_path)
-    assert kept["step"] % 6 == 0 and all(
-        v.isfinite().all() for p in ("model", "ema") for v in kept[p].values()
-    )
+    assert kept["step"] == 12 and all(v.isfinite().all() for p in ("model", "ema") for v in kept[p].values())
 
 
 def test_weights_that_are_not_finite_are_not_saved(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "learning_rate_at", lambda step, c: 1e-3 if step < 3 else math.inf)
-    with pytest.raises(RuntimeError, match="not finite at step 4: nothing is saved"):
+    with pytest.raises(RuntimeError, match="not finite at step 4, nothing is saved"):
         learn(tmp_path, "max_iters=6 eval_interval=2")
     assert checkpoint_of(tmp_path)["step"] == 2
-
-
-def test_clips_of_every_length_are_drawn(trained):
-    clips = clips_of(trained("min_frames=1"))
-    lengths = [clips.where((0, step, 0))[1] for step in range(40)]
-    assert set(lengths) == {1, 2, 3, 4} and clips[0, lengths.index(1), 0].x.shape == (4, 1, 1, 8, 8)
 
 
 def test_batches_depend_on_seed_step_and_micro_alone(trained):
@@ -3251,10 +3218,8 @@ def test_batches_depend_on_seed_step_and_micro_alone(trained):
     batch = clips[stream]
     clips[0, 9, 9], torch.rand(1), np.random.rand()
     assert all(a is b or torch.equal(a, b) for a, b in zip(batch, clips_of(folder)[stream]))
-    for other in ((1, 3, 1), (0, 4, 1), (0, 3, 0)):
-        assert not any(
-            torch.equal(getattr(batch, k), getattr(clips[other], k)) for k in ("x", "eps", "logsnr")
-        )
+    for other in (clips[1, 3, 1], clips[0, 4, 1], clips[0, 3, 0]):
+        assert not any(torch.equal(getattr(batch, k), getattr(other, k)) for k in ("x", "eps", "logsnr"))
 
 
 def test_conditions_are_dropped_together(trained):
@@ -3277,106 +3242,87 @@ def test_missing_values_are_filled_with_draws(trained):
     assert (batch.x - truth)[gap].std() < 0.8 * truth[gap].std()
 
 
-def test_the_loss_is_on_data_alone(trained):
-    clips = clips_of(trained("dataset=gaps.npy"))
-    batch, noise = clips[0, 0, 0], torch.randn(4, 1, 4, 8, 8)
-    some, all_, none = (
-        train.loss_of(lambda *_: w * noise, batch, clips.model)[0] for w in (batch.mask, 1, 0)
-    )
-    assert torch.equal(some, all_) and not torch.equal(some, none)
-
-
 @pytest.mark.parametrize("name", ["gaps", "land"])
 def test_samples_are_nan_where_a_cell_never_has_data(name, trained):
     x = drawn(trained(f"dataset={name}.npy")).x
     assert np.isnan(x[..., :3, :]).all() and np.isfinite(x[..., 3:, :]).all()
 
 
-def test_eval_only_prints_the_held_out_loss_of_the_averages(trained, capsys):
-    folder = trained("max_iters=4 ode_steps=0")
-    before = (folder / "log.jsonl").read_bytes()
-    train.main(line({"out_dir": folder, "eval_only": "true"}))
-    assert f"step 4: held-out loss {log_of(folder)[-1]['val_loss']:.5f}" in capsys.readouterr().out
-    assert (folder / "log.jsonl").read_bytes() == before
-
-
-def test_likelihoods_are_those_of_the_law(trained):
-    clips = clips_of(trained("dataset=gaussian size=8" + STILL), held_out=True)
-    vars(clips.model.settings).update(
-        ode_steps=96, ode_clips=2, eval_iters=40, logsnr_min=-16.0, logsnr_max=16.0
-    )
-    law, stream = clips.gaussian, (1, 0, 0)
+def test_likelihoods_are_those_of_the_law(trained, capsys):
+    folder = trained("dataset=gaussian size=8" + STILL)
+    argv = "eval_only=true ode_steps=96 ode_clips=2 eval_iters=20"
+    train.main(line(parse(argv) | {"out_dir": folder}))
+    printed = capsys.readouterr().out
+    rows = re.findall(r"  (\S.*?) +(-?\d+\.\d+) \+- (\S+) nats", printed)
+    rows = {name: (float(mean), float(error)) for name, mean, error in rows}
+    clips = clips_of(folder, held_out=True)
+    law = clips.gaussian
 
     def expected(x):
         w = law.variances
         return 0.5 * (law.modes(x - law.mean) ** 2 / w + w.log() + math.log(2 * math.pi)).mean().item()
 
-    rows = train.likelihood(clips.model, clips, torch.device("cpu"))
-    x = data.read_clips(clips.record, data.pick(clips.starts, 1, stream[1:], 2), 4)
-    assert rows["probability-flow ODE"][0] == pytest.approx(expected(clips.model.codec.encode(x)), abs=0.05)
+    assert rows["probability-flow ODE"][0] == pytest.approx(expected(clips[1, 0, 0].x[:2]), abs=0.05)
     bound, error = rows["continuous bound"]
-    assert bound == pytest.approx(expected(torch.cat([clips[1, 0, i].x for i in range(40)])), abs=3 * error)
-    assert bound == pytest.approx(sum(rows[k][0] for k in ("prior", "diffusion", "reconstruction")), abs=1e-6)
+    assert bound == pytest.approx(expected(torch.cat([clips[1, 0, i].x for i in range(20)])), abs=3 * error)
     assert rows["discrete bound, T = 1000"][0] > bound - 3 * error
     physical = bound + math.log(clips.model.codec.variables[0].std)  # log |dx / dy|
-    assert rows["continuous bound, physical"][0] == pytest.approx(physical, abs=1e-5)
+    assert rows["continuous bound, physical"][0] == pytest.approx(physical, abs=2e-4)
 
 
 # checkpoints
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_the_previous_checkpoint_is_kept(links, tmp_path, monkeypatch):
-    if not links:  # a file system where they cannot be made
-        monkeypatch.setattr(os, "link", lambda *names: os.listdir("nowhere"))
-    for step in (1, 2, 3):
-        train.save_checkpoint(tmp_path / "ckpt.pt", {"format": train.FORMAT, "step": step})
-    assert [checkpoint_of(tmp_path, n)["step"] for n in ("ckpt.pt", "ckpt.prev.pt")] == [3, 2]
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_scratch_replaces_a_checkpoint_only_with_a_whole_one(own, monkeypatch):
+def test_scratch_replaces_a_run_only_with_a_whole_checkpoint(own, monkeypatch):
     folder = own()
-    before = (folder / "ckpt.pt").read_bytes()
+    before = {name: (folder / name).read_bytes() for name in ("ckpt.pt", "log.jsonl")}
     with monkeypatch.context() as m:
         m.setattr(train, "learning_rate_at", at_step(2, partial(os._exit, 9)))
         assert end(started(learn, folder, "init_from=scratch max_iters=9")) == 9
-    assert (folder / "ckpt.pt").read_bytes() == before
-    assert learn(folder, "init_from=scratch seed=1")["settings"]["seed"] == 1
-    assert (folder / "ckpt.prev.pt").read_bytes() == before and len(log_of(folder)) == 2
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert learn(folder, "init_from=scratch seed=1 max_iters=3")["settings"]["seed"] == 1
+    assert (folder / "ckpt.prev.pt").read_bytes() == before["ckpt.pt"]
+    assert [entry["iter"] for entry in log_of(folder)] == [1, 2, 3] and not (
+        folder / "log.new.jsonl"
+    ).exists()
+
+
+@pytest.mark.parametrize("init_from,message", [("new", "holds a checkpoint"), ("resume", "has written")])
+def test_a_checkpoint_written_meanwhile_is_not_replaced(
+    init_from, message, own, trained, tmp_path, monkeypatch
+):
+    folder = own() if init_from == "resume" else tmp_path
+    foreign, honest = (trained("seed=1") / "ckpt.pt").read_bytes(), train.start
+
+    def slow(*args):
+        run = honest(*args)
+        (folder / "ckpt.pt").write_bytes(foreign)
+        return run
+
+    monkeypatch.setattr(train, "start", slow)
+    with pytest.raises(data.InputError, match=message):
+        learn(folder, init_from=init_from)
+    assert (folder / "ckpt.pt").read_bytes() == foreign
 
 
 LONG = {learn: "init_from=scratch max_iters=99999", drawn: "num_samples=9999 batch_size=1"}
 
 
-def started_for_long(task, folder, **more):
-    """A process that trains or draws in a folder, well under way."""
-    (folder / "log.jsonl").unlink()
-    child = started(task, folder, LONG[task], **more)
+@pytest.mark.parametrize(
+    "task,where,message", [(learn, "", "stopped by signal 2"), (drawn, "/samples", "interrupted")]
+)
+def test_one_process_holds_a_folder_until_it_is_interrupted(task, where, message, own, tmp_path):
+    folder, errors = own(), [tmp_path / "first", tmp_path / "second"]
+    first = started(task, folder, LONG[task], errors=errors[0])
     for _ in range(3000):
-        if [*folder.glob("samples/parts-*/*.pt"), *(p for p in folder.glob("log*") if p.stat().st_size)]:
-            return child
+        if [*folder.glob("samples/parts-*/*.pt"), *folder.glob("log.new*")]:
+            break
         time.sleep(0.02)
-    raise TimeoutError
-
-
-@pytest.mark.parametrize("task,where", [(learn, ""), (drawn, "/samples")])
-def test_two_processes_do_not_write_to_one_folder(task, where, own, tmp_path):
-    folder, errors = own(), tmp_path / "errors"
-    first = started_for_long(task, folder)
-    assert end(started(task, folder, LONG[task], errors=errors)) == 2
-    end(first, signal.SIGKILL)
-    (text,) = error_lines(errors)
-    assert f"another process is writing to {folder}{where}:" in text
+    assert end(started(task, folder, LONG[task], errors=errors[1])) == 2
+    assert end(first, signal.SIGINT) == 130
+    (early,), (late,) = (error_lines(path) for path in errors)
+    assert message in early and f"another process is writing to {folder}{where}:" in late
     assert end(started(task, folder, "init_from=scratch" if task is learn else "")) == 0  # the system lets go
-
-
-@pytest.mark.parametrize("task,message", [(learn, "stopped by signal 2"), (drawn, "interrupted")])
-def test_an_interrupt_is_one_line_and_130(task, message, own, tmp_path):
-    child = started_for_long(task, own(), errors=tmp_path / "errors")
-    assert end(child, signal.SIGINT) == 130
-    (text,) = error_lines(tmp_path / "errors")
-    assert message in text
 
 
 # tasks
@@ -3413,16 +3359,9 @@ def test_clips_with_a_gap_are_chosen_or_else_the_middle_is_hidden(trained):
     assert hidden[2:6, 2:6].all() and hidden.sum() == 16
 
 
-def test_what_is_told_depends_on_seed_and_sample_alone(trained):
-    few, many, other = (posed(trained(TOLD), s).told for s in ("num_samples=3", "num_samples=7", "seed=1"))
-    assert torch.equal(few, many[:3]) and not torch.equal(few, other[:3])
-
-
 def test_static_fields_of_the_fine_grid_are_told(trained):
-    problem, hill = (
-        posed(trained(TOLD), "task=superres factor=2 input=told_coarse.npz"),
-        np.arange(64.0).reshape(8, 8),
-    )
+    problem = posed(trained(TOLD), "task=superres factor=2 input=told_coarse.npz")
+    hill = np.arange(64.0).reshape(8, 8)
     expected = np.broadcast_to((hill - hill.mean()) / hill.std(), (4, 4, 8, 8))
     np.testing.assert_allclose(problem.told[:, 1], expected, rtol=1e-5, atol=1e-5)
 
@@ -3449,45 +3388,40 @@ def test_an_error_of_what_is_known_leaves_room(trained):
     assert 0.01 < off.square().mean().sqrt() < 0.4
 
 
-@pytest.fixture
-def exact(workplace, tmp_path, monkeypatch):
-    """The folder of a network of zeros upon the exact law of the built-in Gaussian field of 6 x 6 cells."""
+def exact_law(T, size, field):
+    """The law of standardised clips of the built-in Gaussian field, largest modes first."""
+    w, V = (a.flip(-1) for a in torch.linalg.eigh(data.gaussian_covariance(T, size) / field.std**2))
+    mean, variances = f64(-field.mean / field.std), w.clamp(min=1e-9).view(1, T, size, size)
+    return D.Gaussian(mean.expand(1, 1, size, size), variances, (((-3, -2, -1), V.T.contiguous()),))
+
+
+def test_an_ensemble_of_exact_forecasts_is_calibrated(workplace, tmp_path, monkeypatch):
+    """A network of zeros upon the exact law of fields of 6 x 6 cells."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "SEASONS", 80)
     kept = learn(tmp_path, "dataset=gaussian size=6 patch=2 max_iters=1" + STILL)
-    field = data.Codec.load(kept["codec"]).variables[0]
-    w, V = torch.linalg.eigh(data.gaussian_covariance(4, 6) / field.std**2)
-    axes = (((-3, -2, -1), V.T.float().contiguous()),)
-    mean = torch.full((1, 1, 6, 6), -field.mean / field.std)
-    law = diffusion.Gaussian(mean, w.clamp(min=1e-9).float().view(1, 4, 6, 6), axes)
+    law = exact_law(4, 6, data.Codec.load(kept["codec"]).variables[0]).map(lambda a: a.float())
     torch.save(kept | {"gaussian": law.state()}, tmp_path / "ckpt.pt")
-    return tmp_path
-
-
-def test_an_ensemble_of_exact_forecasts_is_calibrated(exact):
-    got = drawn(exact, "task=forecast members=8 num_samples=640 batch_size=640 steps=16 verify=true")
+    got = drawn(tmp_path, "task=forecast members=8 num_samples=640 batch_size=640 steps=16 verify=true")
     scores, C = got.report["z"]["ensemble"], data.gaussian_covariance(4, 6)
     assert abs(scores["spread_skill"][0] - 1) < 0.1
     assert np.abs(np.array(scores["rank_histogram"]) * 9 - 1).max() < 0.3
     variance = (C[72:, 72:] - C[72:, :72] @ torch.linalg.solve(C[:72, :72], C[:72, 72:])).diagonal()
     spread = np.array(scores["spread"]) * math.sqrt(8 / 9)
     assert spread == pytest.approx(variance.view(2, 36).mean(1).sqrt().numpy(), rel=0.05)
-    assert (
-        np.array(scores["crps"]) < np.minimum(scores["crps_persistence"], scores["crps_climatology"])
-    ).all()
+    others = np.minimum(scores["crps_persistence"], scores["crps_climatology"])
+    assert (np.array(scores["crps"]) < others).all()
     assert got.file["samples"].shape == (80, 8, 1, 4, 6, 6) and got.file["time"].tolist() == [-1, 0, 1, 2]
     record = data.open_record("gaussian", size=6)
     at = np.searchsorted(record.hours, got.file["forecast_reference_time"])
     given = np.stack([record.frames(i - 1, i + 1)[0] for i in at])[:, None]
-    np.testing.assert_allclose(
-        got.file["samples"][:, :, 0, :2], np.broadcast_to(given, (80, 8, 2, 6, 6)), atol=2e-4
-    )
+    given, known = np.broadcast_to(given, (80, 8, 2, 6, 6)), got.file["samples"][:, :, 0, :2]
+    np.testing.assert_allclose(known, given, atol=2e-4)
 
 
 def test_exact_clips_have_the_law_of_the_field(trained):
-    x = drawn(
-        trained("dataset=gaussian size=8" + STILL), "exact=true num_samples=300 batch_size=300 steps=24"
-    ).x
+    settings = "exact=true num_samples=300 batch_size=300 steps=24"
+    x = drawn(trained("dataset=gaussian size=8" + STILL), settings).x
     w, V = np.linalg.eigh(data.gaussian_covariance(4, 8).numpy())
     modes = x.reshape(300, -1) @ V[:, -12:]
     assert (np.abs(modes.mean(0)) < 4 * np.sqrt(w[-12:] / 300)).all()
@@ -3523,38 +3457,32 @@ def test_members_differ_and_do_not_depend_on_the_batch(method, trained):
 
 def parts_of(folder, settings=""):
     c = train.configure(sample.__file__, line(parse(DRAW) | parse(settings)))[0]
-    return (
-        folder / f"samples/parts-{sample.fingerprint(c, train.load_checkpoint(folder / 'ckpt.pt')['digest'])}"
-    )
+    digest = train.load_checkpoint(folder / "ckpt.pt")["digest"]
+    return folder / f"samples/parts-{sample.fingerprint(c, digest)}"
 
 
-@pytest.mark.parametrize("seed,goes_on", [(0, True), (1, False)])
-def test_drawing_goes_on_where_it_stopped(seed, goes_on, own):
+@pytest.mark.parametrize(
+    "settings,same", [("batch_size=9 verify=true num_samples=3", True), ("steps=4", False), ("seed=1", False)]
+)
+def test_drawing_goes_on_where_the_same_drawing_stopped(settings, same, own):
     folder = own()
-    parts = parts_of(folder, "seed=0")
+    parts = parts_of(folder)
     parts.mkdir(parents=True)
     torch.save(torch.full((1, 4, 8, 8), 0.25), parts / "000001.pt")
-    x = drawn(folder, seed=seed).x
-    assert (np.ptp(x[1]) < 1e-6) == goes_on and np.ptp(x[2]) > 0.1
-    assert parts.exists() == (not goes_on)  # those of another run are not touched
-
-
-def test_parts_are_named_by_what_they_depend_on(own):
-    folder = own()
-    here, others = parts_of(folder), ("steps=4", "sampler=ddim", "seed=1", "task=edit", "clip=true")
-    assert here == parts_of(folder, "batch_size=9 verify=true num_samples=7")
-    assert len({here, *(parts_of(folder, s) for s in others)}) == 6
+    x = drawn(folder, settings).x
+    assert (np.ptp(x[1]) < 1e-6) == same and np.ptp(x[2]) > 0.1
+    assert parts.exists() == (not same)  # those of another run are not touched
     resume(folder, "max_iters=3")
-    assert parts_of(folder) != here
+    assert parts_of(folder) != parts
 
 
 SIZES = {"": [4], "length=11": [11], "length=20": [16, 16], "length=11 frames=8": [8, 8], "frames=3": [3]}
+SIZES["task=extend"] = [16, 16, 16]
 
 
-@pytest.mark.parametrize("settings", [*SIZES, "task=extend"])
+@pytest.mark.parametrize("settings", SIZES)
 def test_how_many_frames_are_drawn_together(settings, trained):
-    sizes = [len(w) for w, _ in posed(trained(), settings).windows]
-    assert sizes == SIZES.get(settings, [16, 16, 16])
+    assert [len(w) for w, _ in posed(trained(), settings).windows] == SIZES[settings]
 
 
 def test_a_window_sees_what_those_before_it_drew_and_never_land(trained, monkeypatch):
@@ -3571,7 +3499,6 @@ def test_a_window_sees_what_those_before_it_drew_and_never_land(trained, monkeyp
     assert second[..., :3, :].max() == 0 and second[:, :, 2:].max() == 0 and (y[second == 0] == 0).all()
     before = model_of(folder).codec.encode(x)[:, :, 2:4, 3:]
     np.testing.assert_allclose(y[:, :, :2, 3:], before, atol=1e-4)
-    assert np.isnan(x[..., :3, :]).all()
 
 
 def test_written_samples_are_input_again_and_know_their_history(own):
@@ -3594,7 +3521,7 @@ def test_little_noise_leaves_an_edit_close_to_its_clip(trained):
 
 @pytest.mark.parametrize("task,same", [("encode", [0, 1, 2]), ("morph", [0, 2])])
 def test_encoded_clips_come_back(task, same, trained, capsys):
-    settings = f"task={task} sampler=ode steps=48 num_samples=3"
+    settings = f"task={task} sampler=ode steps=32 num_samples=3"
     truth, x = posed(trained(), settings).truth, drawn(trained(), settings).x
     np.testing.assert_allclose(x[same], truth[same], atol=0.02 * truth.std())
     assert ("round trip: RMS" in capsys.readouterr().out) == (task == "encode") and np.ptp(x, 0).min() > 0
@@ -3607,18 +3534,13 @@ def test_guidance_exaggerates_what_is_told(trained):
     assert np.abs(plain - nothing).max() > 0.01
 
 
-def test_an_old_verification_does_not_stay_with_new_samples(own):
-    folder = own()
-    assert drawn(folder, "verify=true").report["walk"]["samples"] == 4
-    assert drawn(folder).report is None and not (folder / "samples/verify.png").exists()
-
-
 def test_files_of_every_variable_are_named(own, capsys):
     folder = own("transform=none,cbrt dataset=pair.npz")
     drawn(folder, "task=forecast verify=true")
     names = capsys.readouterr().out.splitlines()[-1].split("/: ")[1].split(", ")
     assert sorted(names) == sorted(p.name for p in (folder / "samples").iterdir() if p.name[0] != ".")
     assert {"samples_b.gif", "verify_b.png", "verify.json", "samples.npz"} <= set(names)
+    assert drawn(folder).report is None and not (folder / "samples/verify.png").exists()  # of an earlier run
 
 
 # bad input
@@ -3636,67 +3558,48 @@ def wrecks(trained, workplace):
         whole = (trained() / "ckpt.pt").read_bytes()
         i = len(whole) // 2
         flipped = whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :]
-        for name, content in {"ok": whole, "cut": whole[:i], "flip": flipped, "text": b"hello"}.items():
+        for name, content in {"ok": whole, "cut": whole[:i], "flip": flipped}.items():
             (workplace / name).mkdir()
             (workplace / name / "ckpt.pt").write_bytes(content)
-        for name, content in {"format": {"format": 99}, "list": [1], "evil": {"format": Foreign()}}.items():
+        shrunk = checkpoint_of(trained("dataset=told.npz variables=walk"))
+        shrunk["settings"]["dataset"] = "fewer.npz"
+        foreign = {"format": {"format": 99}, "evil": {"format": Foreign()}}
+        for name, content in (foreign | {"shrunk": shrunk}).items():
             (workplace / name).mkdir()
             torch.save(content, workplace / name / "ckpt.pt")
-        (workplace / "ok/.lock").touch()
         (workplace / "flip/ckpt.prev.pt").write_bytes(whole)
-        kept = checkpoint_of(trained("dataset=told.npz variables=walk"))
-        kept["settings"]["dataset"] = "fewer.npz"
-        (workplace / "shrunk").mkdir()
-        torch.save(kept, workplace / "shrunk/ckpt.pt")
     return workplace
 
 
 BAD = """
 train bogus=1: unrecognized
-train max_it=3: unrecognized
 train max_iters=ten: invalid int
 train learning_rate=nan: not a finite number
+train max_iters=100000000000000000000: of usual size
 train eval_only=maybe: true or false
 train param=w: not one of v, eps, x, score
-train schedule=sine: not one of spectrum, cosine
-train weighting=none: not one of auto
 train logsnr_min=9 logsnr_max=-9: is not below
 train min_frames=9: more than --frames=8
 train shift=0.5: belongs to --schedule=cosine
 train width=20: multiple of 16
 train mults=1,x: whole numbers
+train width=16384: GB of memory
+train batch_size=1000000: GB of memory
+train dataset=climate size=1000000: GB, and
 train device=tpu: not available
 train dataset=elsewhere: elsewhere
-train dataset=told.npz variables=u: 'u'
-train dataset=short.npy: need at least 16
-train dataset=constant.npy frames=4: constant
-train dataset=walk.npy frames=4 transform=cube: not one of
-train dataset=walk.npy frames=4 transform=none,none: 2 transforms
-train dataset=walk.npy frames=4 condition=hour: calendar
-train dataset=walk.npy frames=4 condition=hill: is not one of hour
-train dataset=walk.npy describe=true frames=99: need at least 198
 train dataset=walk.npy frames=4 out_dir=walk.npy: cannot be written
 train dataset=walk.npy out_dir=ok: holds a checkpoint
 train init_from=resume: no checkpoint
-train eval_only=true: no checkpoint
 train init_from=resume out_dir=ok width=32: --width is 16 in the checkpoint and cannot change
-train init_from=resume out_dir=ok dataset=rain.npy: cannot change
-sample : no checkpoint
 sample out_dir=cut: not a checkpoint that can be read
-sample out_dir=text: not a checkpoint that can be read
-sample out_dir=list: not a checkpoint that can be read
+sample out_dir=evil: not a checkpoint that can be read (UnpicklingError)
 sample out_dir=flip: the one before it is flip/ckpt.prev.pt
-sample out_dir=shrunk task=forecast: no longer holds the 60 frames
 sample out_dir=format: format 99, this program reads
-sample out_dir=evil: more than tensors and plain values
-sample sampler=euler: not one of auto, ancestral
+sample out_dir=shrunk task=forecast: no longer holds the 60 frames
 sample task=paint: not one of generate
-sample sampler=ddim churn=1: belongs to --sampler=heun
-sample snr=0.2: belongs to --sampler=pc or langevin
 sample noise_until=1 sampler=ddim: belongs to --sampler=auto or dpmpp_sde
-sample task=forecast method=imputation obs_std=0.1: belongs to --method=linear
 sample task=encode sampler=ancestral: deterministic
-sample task=encode sampler=ode steps=1: at least 2 --steps
 sample task=morph sampler=ode num_samples=1: at least 2
 sample input=walk.npy: belongs to another --task
 sample task=forecast members=3: must be a multiple of --members=3
@@ -3705,11 +3608,9 @@ sample exact=true out_dir=ok: not of walk.npy
 sample out_dir=ok guidance_scale=2: --condition
 sample out_dir=ok sampler=sde steps=3: unstable
 sample out_dir=ok task=edit edit_logsnr=50: outside the grid
-sample out_dir=ok task=edit input=elsewhere: elsewhere
 sample out_dir=ok task=edit input=narrow.npy: narrow.npy
 sample out_dir=ok task=forecast known=4: leaves nothing of 4 frames
 sample out_dir=ok task=forecast length=99: no 99 consecutive frames
-sample out_dir=ok length=24 frames=4 known=10: leaves nothing of 4
 sample out_dir=ok task=superres factor=3: does not divide the grid of 8 x 8
 sample out_dir=ok task=inpaint input=walk.npy: has no NaN
 sample out_dir=ok task=forecast length=6 frames=4 obs_std=0.1: single window
@@ -3719,11 +3620,10 @@ sample out_dir=ok task=forecast length=6 frames=4 obs_std=0.1: single window
 @pytest.mark.parametrize("case", BAD.strip().splitlines())
 def test_bad_input_is_one_line_and_writes_nothing(case, wrecks, capsys, monkeypatch):
     def tree():
-        return {p: p.stat().st_mtime_ns for p in wrecks.rglob("*")}
+        return {p: p.stat().st_mtime_ns for p in wrecks.rglob("*") if p.name != ".lock"}
 
     (script, _, settings), message = case.split(": ")[0].partition(" "), case.split(": ", 1)[1]
-    settings = {"device": "cpu"} | ({"max_iters": 1} if script == "train" else {}) | parse(settings)
-    monkeypatch.setattr("sys.argv", [f"{script}.py", *line(settings)])
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *line({"device": "cpu"} | parse(settings))])
     before = tree()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -3745,12 +3645,6 @@ def test_a_full_disk_loses_nothing(own):
     assert (folder / "ckpt.pt").read_bytes() == before and not list(folder.glob(".*.pt"))
     assert end(started(drawn, folder, limit=1000)) == 1 and not (folder / "samples/samples.npz").exists()
     assert len(drawn(folder).x) == 4
-
-
-def test_data_that_do_not_fit_on_the_disk_leave_no_file(workplace, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert end(started(learn, tmp_path / "out", "dataset=climate size=8", limit=50_000)) == 1
-    assert not list((tmp_path / "data").iterdir())
 
 
 TRIALS = int(os.environ.get("TRIALS", 6))
@@ -3786,25 +3680,18 @@ def test_killed_at_any_moment_and_resumed_is_identical(workplace, tmp_path):
 def launch(ranks, script, settings, folder):
     """Run a script by torchrun, or by itself, in the working folder."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29617"]
-    command = [
-        sys.executable,
-        *torchrun * (ranks > 1),
-        script.__file__,
-        *line(parse(settings) | {"out_dir": folder}),
-    ]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, *torchrun * (ranks > 1), script.__file__]
+    argv = line(parse(settings) | {"out_dir": folder})
+    subprocess.run([*command, *argv], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @slow
 @pytest.mark.parametrize("ranks", [(2, 2), (2, 1), (1, 2)])
 def test_ranks_end_where_one_process_does(ranks, workplace, tmp_path):
     """SLOW=1: two gloo ranks, and a change of their number by resume; then they draw."""
-    plan, one, out = (
-        f"{TINY} gradient_accumulation_steps=2 max_iters=8 eval_interval=4",
-        *map(tmp_path.joinpath, "ab"),
-    )
-    launch(1, train, plan, one)
-    launch(ranks[0], train, plan, out)
+    plan, one, out = f"{TINY} gradient_accumulation_steps=2 max_iters=8", tmp_path / "one", tmp_path / "out"
+    launch(1, train, f"{plan} eval_interval=4", one)
+    launch(ranks[0], train, f"{plan} eval_interval=4", out)
     os.replace(out / "ckpt.prev.pt", out / "ckpt.pt")
     launch(ranks[1], train, "init_from=resume", out)
     for part in ("model", "ema"):
@@ -3815,8 +3702,8 @@ def test_ranks_end_where_one_process_does(ranks, workplace, tmp_path):
     np.testing.assert_allclose(results(one).x, expected, rtol=1e-4, atol=1e-4)
 
 
-FOLDER = Path(os.environ.get("CLIMATE_FILES", "/nonexistent"))
-REAL = sorted(p for p in FOLDER.glob("*") if p.suffix in (".nc", ".zarr"))
+REAL = Path(os.environ.get("CLIMATE_FILES", "/nonexistent")).glob("*")
+REAL = sorted(p for p in REAL if p.suffix in (".nc", ".zarr"))
 
 
 @pytest.mark.skipif(not REAL, reason="CLIMATE_FILES names no folder with .nc or .zarr files")
@@ -3827,16 +3714,15 @@ def test_real_fields_come_back_on_their_own_grid(path, workplace, tmp_path):
     drawn(tmp_path, "num_samples=1 steps=2")
     got, given = (xr.open_dataset(p, decode_timedelta=False) for p in (tmp_path / "samples/samples.nc", path))
     name = next(iter(got.data_vars))
-    assert (
-        got[name].attrs["units"] == given[name].attrs["units"] and got[name].dims[2:] == given[name].dims[1:]
-    )
+    assert got[name].attrs["units"] == given[name].attrs["units"]
+    assert got[name].dims[2:] == given[name].dims[1:]
     for c in (c for c in got[name].coords if set(got[c].dims) <= set(got[name].dims[2:])):
         np.testing.assert_array_equal(got[c], given[c])
     assert (np.isnan(got[name].values[0]) == np.isnan(given[name].values).all(0)).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# slow: tables that are printed, `SLOW=1 pytest -s test_diffusion.py -k bench` (or ruler, peer)
+# slow: tables that are printed, `SLOW=1 pytest -s test_diffusion.py -k bench` (or ruler)
 
 
 def timed(work, rounds):
@@ -3931,39 +3817,27 @@ def test_ruler(tmp_path, capsys):
     OUT names a folder of `train.py --dataset=gaussian --size=16`; without it a short one is trained. The excess
     |v_hat - v_best|^2 / E|v - v_best|^2 is exact for a given z: the rest of the error is not predictable.
     """
-    out = os.environ.get("OUT")
-    if not out:
-        out = str(tmp_path)
+    out = os.environ.get("OUT", str(tmp_path))
+    if out == str(tmp_path):
         with torch.enable_grad():
             train.main([f"--out_dir={out}", "--dataset=gaussian", "--size=16", "--max_iters=300"])
-    trained = train.Model.load(train.load_checkpoint(Path(out) / "ckpt.pt"))
-    trained.denoiser.eval()
-    T, size, f = trained.settings.frames, trained.settings.size, trained.codec.variables[0]
-    covariance = data.gaussian_covariance(T, size) / f.std**2
-    w, V = (a.flip(-1) for a in torch.linalg.eigh(covariance))  # largest first
-    shape = 1, T, size, size
-    mean = f64(-f.mean / f.std).view(1, 1, 1, 1)
-    law = D.Gaussian(mean, w.view(shape), (((-3, -2, -1), V.T.contiguous()),))
-    edges = [0, 1, 5, 20, 80, 320, 1280, len(w)]
-    generator = torch.Generator().manual_seed(0)
     sample.main([f"--out_dir={out}", "--num_samples=1024"])
-    drawn = np.load(Path(out) / "samples" / "samples.npz")["samples"]
-    y = law.modes(trained.codec.encode(drawn).double() - law.mean).flatten(1) ** 2 / w  # 1 on average
-    capsys.readouterr()
+    trained = model_of(Path(out))
+    T, size = trained.settings.frames, trained.settings.size
+    law, generator = exact_law(T, size, trained.codec.variables[0]), torch.Generator().manual_seed(0)
+    w = law.variances.flatten()
+    x = trained.codec.encode(results(Path(out)).x).double()
+    y = law.modes(x - law.mean).flatten(1) ** 2 / w  # 1 on average
+    edges = [0, 1, 5, 20, 80, 320, 1280, len(w)]
     with capsys.disabled():
         print(f"\n{'modes':>12}{'log-SNR':>10}{'excess v-loss':>15}{'gain':>8}{'variance of samples':>22}")
         for lo, hi in zip(edges, edges[1:]):
-            level = -float(w[lo:hi].log().mean())
-            logsnr = torch.full((128,), level, dtype=torch.float64)
-            noise = torch.randn(2, 128, *shape, generator=generator).double()
-            x = law.mean + law.field(w.view(shape).sqrt() * noise[0])
-            z = D.diffuse(x, logsnr, noise[1])
-            best = law.denoise(z, logsnr)
-            got = trained.denoiser.denoise(z.float(), logsnr).double()
-            left = law.wiener(*D.alpha_sigma(logsnr[0]))[1].mean()
+            logsnr = torch.full((128,), -w[lo:hi].log().mean().item(), dtype=torch.float64)
+            noise = torch.randn(2, 128, 1, T, size, size, generator=generator).double()
+            z = D.diffuse(law.mean + law.field(law.variances.sqrt() * noise[0]), logsnr, noise[1])
+            best, got = law.denoise(z, logsnr), trained.denoiser.denoise(z.float(), logsnr).double()
+            excess = (got - best).pow(2).mean() / law.wiener(*D.alpha_sigma(logsnr[0]))[1].mean()
             theirs, ours = (law.modes(a - law.mean).flatten(1)[:, lo:hi] for a in (best, got))
-            excess = float((got - best).pow(2).mean() / left)
-            gain = float((ours * theirs).sum() / theirs.pow(2).sum())
-            each = y[:, lo:hi].mean(1)
-            spread = f"{float(each.mean()):>14.3f} +- {float(each.std()) / math.sqrt(len(each)):.3f}"
-            print(f"{lo + 1:>6}-{hi:<5}{level:>10.1f}{excess:>15.2%}{gain:>8.3f}{spread}")
+            gain, each = (ours * theirs).sum() / theirs.pow(2).sum(), y[:, lo:hi].mean(1)
+            text = f"{lo + 1:>6}-{hi:<5}{logsnr[0]:>10.1f}{excess:>15.2%}{gain:>8.3f}"
+            print(f"{text}{each.mean():>14.3f} +- {each.std() / math.sqrt(len(each)):.3f}")

@@ -98,7 +98,7 @@ eval_iters = 4  # held-out batches per evaluation [>= 1]
 eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
 ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only prints; 0 leaves it out [>= 0]
 ode_clips = 8  # held-out clips of the exact likelihood [>= 1]
-log_interval = 10  # steps between lines of log.jsonl [>= 1]
+log_interval = 10  # steps between lines of log.jsonl, log.new.jsonl before a first checkpoint [>= 1]
 # machine
 seed = 0  # of weights, batches, times and noise [>= 0, <= 4294967295, fixed]
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -465,16 +465,13 @@ class Clips(Dataset):
 
     def __init__(self, record, starts, model, shortest=0):
         self.record, self.starts, self.model, self.shortest = record, starts, model, shortest
-        self.levels = model.levels
-        self.gaussian = model.denoiser.gaussian  # on the CPU, where batches are made
+        self.levels, self.gaussian = model.levels, model.denoiser.gaussian  # on the CPU, as batches are
 
     def where(self, stream):
         """(starts of the clips, their number of frames) of a batch."""
         s = self.model.settings
-        T = s.frames
-        if self.shortest:
-            T = int(np.random.default_rng((*stream, 3)).integers(self.shortest, s.frames + 1))
-        return data.pick(self.starts, stream[0], stream[1:], s.batch_size), T
+        lengths = np.random.default_rng((*stream, 3)).integers(self.shortest or s.frames, s.frames + 1, 1)
+        return data.pick(self.starts, stream[0], stream[1:], s.batch_size), int(lengths[0])
 
     def __getitem__(self, stream):
         s, conditions = self.model.settings, self.model.conditions
@@ -671,21 +668,18 @@ def start(c, given, rules):
     run.train, run.held_out = Clips(record, starts[0], model, c.min_frames), Clips(record, starts[1], model)
     model.denoiser.to(device)
     run.ema = copy.deepcopy(model.denoiser).requires_grad_(False)  # with the moving average of the weights
-    decayed, rest = (
-        [p for p in model.denoiser.parameters() if (p.ndim >= 2) == big] for big in (True, False)
-    )
-    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]  # of matrices and kernels alone
-    betas, decay = (0.9, c.beta2), c.weight_decay
-    run.optimizer = torch.optim.AdamW(groups, c.learning_rate, betas, weight_decay=decay, fused=True)
-    run.step, run.digest = (checkpoint["step"], checkpoint["digest"]) if checkpoint else (0, None)
+    matrices = [p for p in model.denoiser.parameters() if p.ndim >= 2]
+    rest = [p for p in model.denoiser.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    run.optimizer = torch.optim.AdamW(groups, c.learning_rate, (0.9, c.beta2), fused=True)
+    run.step, run.digest = 0, None
     if checkpoint:
+        run.step, run.digest = checkpoint["step"], checkpoint["digest"]
         run.ema.network.load_state_dict(checkpoint["ema"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
-        for (
-            p,
-            state,
-        ) in run.optimizer.state.items():  # a fused optimiser pairs entries by their place in memory
-            state |= {k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape}
+        for p, moments in run.optimizer.state.items():  # a fused optimiser pairs entries by place in memory
+            same = {k: v for k, v in moments.items() if v.shape == p.shape}
+            moments |= {k: torch.empty_like(p).copy_(v) for k, v in same.items()}
     if compiled:
         model.denoiser.network.compile_blocks()
     return run
@@ -744,22 +738,25 @@ def agreed(run, received):
     return int(flag)
 
 
-@torch.no_grad()
-def peak_share(run):
-    """What one clip a second is of the machine's peak: the operations of a training step, three times those of
-    the forward pass, over those a second of a 3 x 3 convolution."""
-    c, law = run.c, run.model.denoiser.gaussian
-    x, kernel = (torch.randn(s).to(run.device, run.ema.dtype) for s in ((16, 256, 32, 32), (256, 256, 3, 3)))
+def peak_flops(device, dtype):
+    """Floating point operations a second of a 3 x 3 convolution: what the machine can do."""
+    x, kernel = (torch.randn(s).to(device, dtype) for s in ((16, 256, 32, 32), (256, 256, 3, 3)))
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
         torch.conv2d(x, kernel, padding=1).sum().item()
         seconds.append(time.perf_counter() - begin)
-    clip = torch.zeros(1, *law.variances.shape, device=run.device)
+    return 2 * kernel.numel() * 16 * 32 * 32 / min(seconds)
+
+
+@torch.no_grad()
+def peak_share(run):
+    """What one clip a second is of the machine's peak; a training step is three times its forward pass."""
+    clip = torch.zeros(1, *run.model.denoiser.gaussian.variances.shape, device=run.device)
     cond = torch.zeros(1, run.model.told_channels, *clip.shape[2:], device=run.device)
     with FlopCounterMode(display=False) as counter:
-        run.ema.network(clip, clip) if c.network == "vae" else run.ema(clip, clip.new_zeros(1), cond)
-    return 3 * counter.get_total_flops() * min(seconds) / (2 * kernel.numel() * 16 * 32 * 32) / run.world
+        run.ema.network(clip, clip) if run.c.network == "vae" else run.ema(clip, clip.new_zeros(1), cond)
+    return 3 * counter.get_total_flops() / peak_flops(run.device, run.ema.dtype) / run.world
 
 
 def train_until_done(run, received):
@@ -811,17 +808,19 @@ def train(run):
             keep_log(run.log, run.step if run.digest else -1)
             million, dtype = sum(p.numel() for p in run.ema.parameters()) / 1e6, str(run.ema.dtype)[6:]
             print(f"network   {million:.1f} M parameters on {run.world} x {run.device} in {dtype}")
-        handlers = {}
-        signals = {getattr(signal, n, signal.SIGTERM) for n in ("SIGINT", "SIGTERM", "SIGHUP")}
-        for number in signals:  # training ends after the step it is in
-            handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
-        stop = train_until_done(run, received)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if run.rank == 0:
-        done = f"{out}/ckpt.pt is at step {run.step}: python sample.py --out_dir={out}"
-        stopped = f"stopped by signal {stop} at step {run.step}; continue with --init_from=resume"
-        print(stopped if stop else done, file=sys.stderr if stop else sys.stdout)
+        kinds = {getattr(signal, n, signal.SIGTERM) for n in ("SIGINT", "SIGTERM", "SIGHUP")}
+        kinds = [kind for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        handlers = [signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds]
+        try:  # training ends after the step it is in
+            stop = train_until_done(run, received)
+        finally:
+            for kind, handler in zip(kinds, handlers):
+                signal.signal(kind, handler)
+    if stop and run.rank == 0:
+        hint = "continue with --init_from=resume"
+        print(f"stopped by signal {int(stop)} at step {run.step}; {hint}", file=sys.stderr)
+    elif run.rank == 0:
+        print(f"{out}/ckpt.pt is at step {run.step}: python sample.py --out_dir={out}")
     return stop
 
 
