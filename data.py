@@ -12,6 +12,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def rain_coefficients():
 
 
 def rings(power):
-    """Radial average of the power (H, W) of fft2's waves by wavenumber in cycles per cell: two (K,) arrays."""
+    """Radial average of the power (H, W) of fft2's waves, by cycles per cell: two (K,) arrays."""
     H, W = power.shape
     n = min(H, W)
     ring = np.rint(np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W)) * n).astype(int)
@@ -234,21 +235,19 @@ def canonical(units):
     text = re.sub(r"\*\*|\^|\*", "", str(units).translate(str.maketrans("⁻¹²³·.", "-123  ")))
     text = re.sub(r"/\s*([^\W\d]+)(\d*)", lambda m: f" {m[1]}-{m[2] or 1}", text)
     words = [re.fullmatch(r"(.*?)(-?\d*)", word).groups() for word in text.split()]
-    same = [
-        (next((u for u, p in UNITS.items() if re.fullmatch(p, w.lower())), w), power) for w, power in words
-    ]
-    return sorted(same)
+    for i, (word, power) in enumerate(words):
+        words[i] = next((unit for unit, p in UNITS.items() if re.fullmatch(p, word.lower())), word) + power
+    return sorted(words)
 
 
-def is_degrees(coord):
-    return str(coord["attrs"].get("units", "")).lower().startswith("degree")
+def is_degrees(attrs):
+    return str(attrs.get("units", "")).lower().startswith("degree")
 
 
 def cell_width(values):
-    """Typical distance of neighbours along the wider axis of a coordinate; 1 where there is but one value."""
-    steps = [np.abs(np.diff(values, axis=i)) for i in range(values.ndim) if values.shape[i] > 1]
-    widths = [np.median(s[np.isfinite(s)]) for s in steps if np.isfinite(s).any()]
-    return float(max(widths, default=1.0)) or 1.0
+    """Typical distance of neighbours of a coordinate (n,) or (H, W); 1 where there is but one value."""
+    steps = np.abs(np.concatenate([np.diff(values, axis=i).ravel() for i in range(values.ndim)]))
+    return float(np.median(steps[steps > 0])) if (steps > 0).any() else 1.0
 
 
 def distance(a, b, period):
@@ -307,12 +306,14 @@ class Layout:
     def axis(self, i):
         """The coordinate along y (0) or x (1), one in degrees first; None if there is none."""
         along = [c for c in self.coords.values() if list(c["dims"]) == [self.dims[i]]]
-        return min(along, key=lambda c: not is_degrees(c), default=None)
+        return min(along, key=lambda c: not is_degrees(c["attrs"]), default=None)
 
     def is_angle(self, i):
         """Is y a latitude (0), x a longitude (1)?"""
         names = ("lat", "latitude") if i == 0 else ("lon", "longitude")
-        return self.axis(i) is not None and (is_degrees(self.axis(i)) or self.dims[i].lower() in names)
+        return self.axis(i) is not None and (
+            is_degrees(self.axis(i)["attrs"]) or self.dims[i].lower() in names
+        )
 
     def wraps(self):
         """True if x is a longitude that goes all the way round."""
@@ -359,9 +360,7 @@ class Layout:
                 refuse(*steps, "resample it")
         if len(other.names) != len(self.names) or (self.named and other.named and other.names != self.names):
             both = ",".join(n for n in self.names if n in other.names)
-            mend = (
-                f"choose --variables={both}" if both else "all must have the same (cdo merge, xarray.merge)"
-            )
+            mend = f"choose --variables={both}" if both else "all must have the same (xarray.merge)"
             refuse(f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
         for name, a, b in zip(self.names, self.attrs, other.attrs):
             if "units" in a and "units" in b and canonical(a["units"]) != canonical(b["units"]):
@@ -393,7 +392,7 @@ class Layout:
                 pairs.append((next(k for k, c in other.coords.items() if c is b), theirs, ours, [i], period))
         for name, c in self.coords.items():
             if len(c["dims"]) == 2 and name in other.coords:
-                period = 360 if is_degrees(c) else None
+                period = 360 if is_degrees(c["attrs"]) else None
                 pairs.append((name, places(other.coords[name]), places(c, period, factor), [0, 1], period))
         for name, theirs, ours, axes, period in pairs:
             d = distance(ours, theirs[np.ix_(*(order[i] for i in axes))], period)
@@ -430,8 +429,8 @@ class Record:
     layout: size and step_hours are set here; pieces: list of Piece; hours: (N,) since EPOCH in the calendar;
     extras: {name: array-like (H, W), (N,) or (N, H, W)}, what a model may be told; block: frames per block of
     the split, or None; index: (N,) where in the pieces a frame lies; member: (N,) numbers of the independent
-    series in it; order: which (rows, columns) to read, None for all; coarsen: frames are means over so many cells square; notes: one line each of what was
-    assumed, sorted or left out.
+    series in it; order: which (rows, columns) to read, None for all; coarsen: frames are means over so many
+    cells square; notes: one line each of what was assumed, sorted or left out.
     """
 
     layout: Layout
@@ -532,13 +531,7 @@ class Told:
 # ------------------------------------------------------------------------------------------------------------
 # reading times
 
-CALENDARS = {
-    "": "standard",
-    "gregorian": "standard",
-    "360": "360_day",
-    "365_day": "noleap",
-    "366_day": "all_leap",
-}
+CALENDARS = {"": "standard", "gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
 
 
 def decode_times(values, attrs):
@@ -558,7 +551,7 @@ def decode_times(values, attrs):
     v = np.where(np.abs(v) < 2.0**63, v, np.nan)  # numpy's "not a time" as an integer
     word, *since = re.split(r"\s+since\s+", units.lower(), maxsplit=1)
     unit, calendar = unit_hours(word), str(attrs.get("calendar", "")).lower()
-    calendar = CALENDARS.get(calendar, calendar)
+    calendar = CALENDARS.get(calendar, "360_day" if calendar == "360" else calendar)
     if unit and not since:
         return v * unit, "none"
     try:
@@ -702,10 +695,8 @@ def numpy_dataset(path, wanted, notes):
 
 def open_dataset(path, group=""):
     """A file, or its only group with fields, as a Dataset that is not read; times stay numbers."""
-    groups, options = (
-        [],
-        {"engine": "zarr" if path.is_dir() else "netcdf4", "decode_cf": False, "cache": False},
-    )
+    groups, engine = [], "zarr" if path.is_dir() else "netcdf4"
+    options = {"engine": engine, "decode_cf": False, "cache": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -718,7 +709,7 @@ def open_dataset(path, group=""):
             if not group and not ds.data_vars:
                 groups = [node for node in xr.open_datatree(path, **options).subtree if node.data_vars]
         except Exception as e:  # a damaged file, or the backend is not installed
-            raise InputError(f"cannot read {path}: {reason(e)} (needs xarray with {options['engine']})")
+            raise InputError(f"cannot read {path}: {reason(e)} (needs xarray with {engine})")
         if len(groups) > 1:
             names = ", ".join(node.path[1:] for node in groups)
             raise InputError(f"{path} has data in groups {names}: choose one, {path}{groups[0].path}")
@@ -759,17 +750,6 @@ def members_of(ds):
     return [d for d in ds.dims if d in marked or re.fullmatch(MEMBERS, d.lower())]
 
 
-def channel_names(da, d, ranged):
-    """Names of the channels along a further dimension: its texts, numbers where nobody named it, values of
-    which a range was selected; of others none."""
-    values = da[d].values.tolist()
-    if da[d].dtype.kind in "SUOT":
-        return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
-    if UNNAMED.match(d):
-        return [f"{da.name}_{i}" for i in range(len(values))]
-    return [f"{da.name}_{v:g}" for v in values] if d in ranged else []
-
-
 def fields_of(ds, ranged):
     """{name: DataArray (*members, [time,] y, x)} of what can be used, {name: why not} of other variables."""
     usable, refused, likely, members = {}, {}, likely_axes(ds), members_of(ds)
@@ -783,7 +763,12 @@ def fields_of(ds, ranged):
         da = da.squeeze([d for d in da.dims if ds.sizes[d] == 1 and d not in (t, y, x)], drop=True)
         front = [d for d in (*members, t) if d in da.dims]
         rest = [d for d in da.dims if d not in (*front, y, x)]
-        channels = channel_names(da, rest[0], ranged) if len(rest) == 1 else []
+        channels = []
+        if len(rest) == 1:  # texts, numbers where nobody named the dimension, or a range that was selected
+            channels = [v.decode() if isinstance(v, bytes) else str(v) for v in ds[rest[0]].values]
+            if rest[0] not in texts:
+                named = rest[0] in ranged or UNNAMED.match(rest[0])
+                channels = [f"{name}_{v.removesuffix('.0')}" for v in channels] if named else []
         sizes = f"{name} ({', '.join(f'{d} {n}' for d, n in da.sizes.items())})"
         if da.dtype.kind not in "fiub":
             refused[name] = f"{name} holds {da.dtype}, not numbers"
@@ -842,7 +827,7 @@ def selected(ds, select, notes):
             elif values.dtype.kind in "SUOT":
                 at = np.flatnonzero(values.astype(str) == ends[0])
             else:
-                circle = name in likely["X"] and is_degrees({"attrs": ds[name].attrs})
+                circle = name in likely["X"] and is_degrees(ds[name].attrs)
                 at = near(values.astype(np.float64), [float(e) for e in ends], circle)
         except (KeyError, ValueError):
             at = []
@@ -872,7 +857,7 @@ def kind_of(path):
     """One of KINDS, by the first bytes, or why it is not read."""
     if path.is_dir():
         store = any((path / f).exists() for f in ("zarr.json", ".zgroup", ".zmetadata", ".zarray"))
-        return "zarr" if store else "is a folder: name it"
+        return "zarr" if store else "is a folder: give its path"
     with open(path, "rb") as f:
         start = f.read(8)
     if path.suffix.lower() in (".npy", ".npz") or start.startswith(b"\x93NUMPY"):
@@ -889,7 +874,7 @@ def coordinates(ds, da, dims, notes):
     coords, mapping = {}, str(da.encoding.get("grid_mapping", "")).split(":")[0].split(" ")[0]
     for name, c in ds.coords.items():
         moving = [d for d in c.dims if d not in dims]  # WRF writes its latitudes again in every frame
-        if moving and is_degrees({"attrs": c.attrs}) and {*dims} <= {*c.dims} and c.size:
+        if moving and is_degrees(c.attrs) and {*dims} <= {*c.dims} and c.size:
             c = c.isel({d: 0 for d in moving})
         if name in RESERVED and {*c.dims} & {*dims}:
             notes.append(f"coordinate '{name}' is left out: written samples have that name themselves")
@@ -973,9 +958,7 @@ def read_folder(path, wanted, select, notes):
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
     if not files:
-        raise InputError(
-            f"folder {path} holds nothing that is read: {others[0] if others else 'it is empty'}"
-        )
+        raise InputError(f"folder {path} holds nothing to read: {[*others, 'it is empty'][0]}")
     if others:
         notes.append(f"{len(others)} entries of the folder are not read: {others[0]}")
     records = [read_file(p, wanted, "", select, MEMORY / len(files)) for p in files]
@@ -995,7 +978,11 @@ def numbered(files, notes):
         for i, records in enumerate(files):
             records[0].hours = records[0].hours + i
         alone = False
-    for records in files:
+    for k, records in enumerate(files):
+        twin = next((f[0] for f in files[:k] if same_frames(f[0], records[0])), None)
+        if twin is not None and not alone:
+            notes.append(f"{records[0].pieces[0].source} repeats {twin.pieces[0].source} and is left out")
+            continue
         key = "alone" if alone else records[0].hours.round(6).tobytes()
         number = seen.get(key, -1) + 1 if alone or len(records[0]) > 1 else 0
         seen[key] = number
@@ -1003,6 +990,14 @@ def numbered(files, notes):
     if any(number > 0 for number in seen.values()):
         notes.append("files of the same times are members of an ensemble, records of their own")
     return parts
+
+
+def same_frames(a, b):
+    """Whether two records have the same times and, as far as ten of them tell, the same values."""
+    if len(a) < 2 or not np.array_equal(a.hours, b.hours):
+        return False
+    some = thin(np.arange(len(a)), 10)
+    return all(np.array_equal(a.frames(i, i + 1), b.frames(i, i + 1), equal_nan=True) for i in some)
 
 
 def join(parts, notes):
@@ -1297,15 +1292,10 @@ def fit_quantile(x, floor, gap=0.0):
     n, rest = len(x), x if floor is None else x[x > floor]
     share = len(rest) / n
     tail = max(min(20 / n, 0.05 * share), 0.7 / n)
-    edge, last = normal_quantile([tail if floor is None else 1 - share, 1 - tail])
-    Y = np.linspace(edge, last, 257)
+    edge, last, end = normal_quantile([tail if floor is None else 1 - share, 1 - tail, 1 - 0.5 / n])
+    Y = np.concatenate([[-end] if floor is None else [], np.linspace(edge, last, 257), [end]])
     X = np.quantile(rest, np.clip((normal_cdf(Y) - 1 + share) / share, 0, 1))
-    extremes = normal_quantile([0.5 / n, 1 - 0.5 / n])
-    X, Y = np.append(X, x.max()), np.append(Y, extremes[1])
-    if floor is None:
-        X, Y = np.append(x.min(), X), np.append(extremes[0], Y)
-    else:
-        X[0] = floor
+    X[[0, -1]] = x.min(), x.max()
     X, tied = np.unique(X, return_inverse=True)
     Y = np.bincount(tied, Y) / np.bincount(tied)
     slope = X[-1] - np.interp(Y[-1] - 1, Y, X), np.interp(Y[0] + 1, Y, X) - X[0]
@@ -1427,9 +1417,7 @@ class Variable:
         v.scale = float(np.median(np.abs(x[x != 0])))
         v.summary = f"{name}: {span}, transform {transform}, {bottom}, {100 * missing:.3g} % missing"
         for value, count in doubtful:
-            v.summary += (
-                f"; WARNING: {value:g}, {count} times, far from others: if it is no data, set _FillValue"
-            )
+            v.summary += f"; WARNING: {value:g}, {count} times, far from others: set _FillValue if no data"
         if transform in TABLES:
             knots, v.dry_score = TABLES[transform](x, floor)
             v.knots = torch.from_numpy(knots)
@@ -1462,7 +1450,7 @@ class Variable:
 
     def slope(self, x):
         """dy/dx of encode, by a central difference."""
-        h = 1e-6 * self.scale
+        x, h = np.asarray(x, np.float64), 1e-6 * self.scale
         return (self.encode(x + h) - self.encode(x - h)) / (2 * h)
 
 
@@ -1561,30 +1549,22 @@ class Codec:
 def describe(record, codec, train_starts, test_starts, frames):
     """What was understood of the data, a few lines; record.notes says what reading did to it."""
     layout, axes = record.layout, []
-    for i, (up, down) in enumerate((("northward", "southward"), ("eastward", "westward"))):
-        c, others = layout.axis(i), [k for k, o in layout.coords.items() if len(o["dims"]) == 2]
-        text = "by " + " and ".join(others) if others else "without coordinates"
-        if c is not None:
-            v = places(c)
-            text = f"{v[0]:g} to {v[-1]:g} {c['attrs'].get('units', '')}".strip()
-            if layout.is_angle(i) and len(v) > 1:
-                text += f" ({up if np.median(np.diff(v)) > 0 else down})"
-        axes.append(f"{layout.dims[i]} {text}")
+    for d, c in zip(layout.dims, (layout.axis(0), layout.axis(1))):
+        v = None if c is None else places(c)
+        units = "" if c is None else f" {c['attrs'].get('units', '')}".rstrip()
+        axes.append(d if v is None else f"{d} {v[0]:g} to {v[-1]:g}{units}")
+    axes += [k for k, c in layout.coords.items() if len(c["dims"]) == 2]
     dates = " to ".join(date_text(h, layout) for h in (record.hours.min(), record.hours.max()))
-    step = (
-        "steps of unknown length"
-        if layout.calendar == "frames"
-        else f"one every {duration(layout.step_hours)}"
-    )
+    dated = layout.calendar != "frames"
+    step = f"one every {duration(layout.step_hours)}" if dated else "steps of unknown length"
     calendar = f"{layout.calendar} calendar" if layout.dated else "no dates"
-    train, test = (
-        f"{len(s)} clips of {len(covered_frames(s, frames))} frames" for s in (train_starts, test_starts)
-    )
+    parts = [(len(s), len(covered_frames(s, frames))) for s in (train_starts, test_starts)]
+    split = "training {} clips of {} frames, test {} of {}".format(*parts[0], *parts[1])
     lines = [
         f"grid      {by(layout.size)}: {', '.join(axes)}{', all the way round' if layout.wraps() else ''}",
         f"time      {len(record)} frames, {dates}, {calendar}, {step}, {int(record.gaps().sum())} gaps",
         *(f"variable  {v.summary}" for v in codec.variables),
-        f"split     training {train}, test {test}; a clip is {frames} consecutive frames",
+        f"split     {split}; a clip is {frames} consecutive frames",
     ]
     return "\n".join(lines)
 
@@ -1607,11 +1587,7 @@ def write_samples(folder, x, layout, history, lead, reference=None):
     arrays |= {k: np.asarray(c["values"]) for k, c in coords.items()} | dict.fromkeys(origin, reference)
     with replacing(folder / "samples.npz") as f:
         np.savez(f, dims=np.array([*origin, "realization", "channel", "time", *layout.dims]), **arrays)
-    try:
-        import netCDF4  # noqa: F401, the engine that writes
-    except ImportError:
-        return ["samples.npz"]
-    if xr is None:
+    if xr is None or find_spec("netCDF4") is None:
         return ["samples.npz"]
     dims = (*origin, "realization", "time", *layout.dims)
     fields = {n: (dims, x[..., i, :, :, :], a) for i, (n, a) in enumerate(zip(layout.names, layout.attrs))}
@@ -1648,7 +1624,8 @@ def replacing(path):
 
 
 def reserved(path, shape, dtype):
-    """A memory-mapped .npy of this shape, its disk space taken: a full disk is an error now, not a bus error later."""
+    """A memory-mapped .npy of this shape, its disk space taken: a full disk is an error now, not a bus error
+    later."""
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as f:

@@ -695,8 +695,8 @@ def classifier_free(denoise, unconditional, scale):
 
 
 def classifier_guidance(denoise, log_prob, scale=1.0):
-    """x_hat + (sigma^2 / alpha) scale grad_z log p(c | z): Bayes' rule for the score (SDE eq. 14). log_prob(z,
-    logsnr) -> (B,)"""
+    """x_hat + (sigma^2 / alpha) scale grad_z log p(c | z): Bayes' rule for the score (SDE eq. 14).
+    log_prob(z, logsnr) -> (B,)"""
 
     def guided(z, logsnr):
         alpha, sigma = scales(logsnr, z)

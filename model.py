@@ -307,7 +307,7 @@ class DiT(Network):
         return self.layers
 
     def angles(self, t, h, w, d, device):
-        """Angles of rotary positions in t, y and x, (t h w, d / 2): attention depends on differences alone."""
+        """Angles of rotary positions in t, y and x, (t h w, d / 2)."""
         pairs = d // 6, (d // 2 - d // 6) // 2  # that turn with time, with y; the rest with x
         along_t, along_y = turns(t, pairs[0], device), turns(h, pairs[1], device)
         along_x = turns(w, d // 2 - sum(pairs), device)
@@ -388,8 +388,8 @@ class VAE(nn.Module):
         return rearrange(h, "(b t) c h w -> b c t h w", t=T)
 
     def forward(self, x, noise):
-        """The two parts of -ELBO in nats: reconstruction, like x, and KL of every latent. noise like x, of which
-        every patch gives that of its latents."""
+        """The two parts of -ELBO in nats: reconstruction, like x, and KL of every latent. noise like x, of
+        which every patch gives that of its latents."""
         (mean, log_var), n = self.encode(x), self.config.patch
         noise = F.pad(noise, (0, -x.shape[-1] % n, 0, -x.shape[-2] % n))
         noise = F.pixel_unshuffle(noise.transpose(1, 2), n)[:, :, : mean.shape[1]].transpose(1, 2)
@@ -401,8 +401,8 @@ class VAE(nn.Module):
 
 
 class LatentCodec:
-    """A data.Codec and then an autoencoder: physical clips <-> standardised latents. It takes a codec's place:
-    what is trained and sampled through it is a model of latents."""
+    """A data.Codec and then an autoencoder: physical clips <-> standardised latents. It takes a codec's
+    place: what is trained and sampled through it is a model of latents."""
 
     def __init__(self, codec, vae, size, mean=0.0, std=1.0, low=None):
         self.codec, self.vae, self.size = codec, vae.eval().requires_grad_(False), size

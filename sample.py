@@ -47,6 +47,7 @@ clip = "auto"  # clamp x_hat to the range of the training data; auto: for eps an
 # what is asked: the task says which part y = A x of the field is known
 task = "generate"  # a row of TASKS
 input = ""  # file with the fields that are given; empty takes held-out clips
+select = ""  # part of --input, as of train.py's --dataset
 known = 2  # frames that are known, or handed from window to window [>= 1]
 every = 2  # every n-th frame is known [>= 2, task=interpolate]
 factor = 4  # means over factor x factor cells are known [>= 2, task=superres]
@@ -171,7 +172,8 @@ def open_input(c, model):
     """The record that clips are read from: --input, its rows and columns in the model's order, or its own."""
     if not c.input:
         return model.open_record()
-    record = data.open_record(c.input, ",".join(model.layout.names) if model.layout.named else "")
+    names = ",".join(model.layout.names) if model.layout.named else ""
+    record = data.open_record(c.input, names, select=c.select)
     record = record.fit_to(model.layout, f"--input={c.input}", c.factor if c.task == "superres" else 1)
     if record.layout.size != model.layout.size and model.conditions.channels:
         fine = model.open_record()  # static fields on the fine grid
@@ -512,7 +514,7 @@ def spatial_spectrum(x):
 
 
 def temporal_spectrum(x):
-    """Power of a cell's time series, averaged over cells, by frequency in cycles per frame: two (K,) arrays."""
+    """Power of a cell's series, averaged over cells, by cycles per frame: two (K,) arrays."""
     T = x.shape[1]
     power = (np.abs(np.fft.rfft(x, axis=1)) ** 2).mean((0, 2, 3)) / T
     return np.arange(1, T // 2 + 1) / T, power[1:]
@@ -701,9 +703,9 @@ def values_to_count(samples, truth):
 def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, groups=None, paired=False):
     """Statistics of sampled against true clips (N, T, H, W), a dict of plain values for verify.json.
 
-    Errors are against the exact law where it says a statistic, else against the held-out clips. weights:
-    (H,) area of rows. groups, paired: see `bootstrap`. Raises data.InputError if the samples or the held-out
-    clips have no value at all.
+    Errors are against the exact law where it says a statistic, else against the held-out clips. weights: (H,)
+    area of rows. groups, paired: see `bootstrap`. Raises data.InputError if the samples or the held-out clips
+    have no value at all.
     """
     for what, x in (("samples", samples), ("held-out clips", truth)):
         if not np.isfinite(x).any():
@@ -734,8 +736,8 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
 
 
 def cross_correlations(samples, truth, names, weights=None, groups=None, paired=False):
-    """Correlation of every pair of variables in the same cell and frame, rows as in `compare`.
-    (N, C, T, H, W) both"""
+    """Correlation of every pair of variables in the same cell and frame, rows as in `compare`. (N, C, T, H,
+    W) both"""
     weights = np.ones(samples.shape[3]) if weights is None else weights
     centre = np.nanmean(truth, (0, 2, 3, 4), keepdims=True, dtype=np.float64)[0]
 
@@ -766,8 +768,8 @@ def cross_correlations(samples, truth, names, weights=None, groups=None, paired=
 
 
 def crps(ensemble, truth):
-    """Continuous ranked probability score, fair: E|X - y| - E|X - X'| / 2 with the members as a sample
-    (Ferro 2014). (M, N, ...), (N, ...) -> (N, ...)
+    """Continuous ranked probability score, fair: E|X - y| - E|X - X'| / 2 with the members as a sample (Ferro
+    2014). (M, N, ...), (N, ...) -> (N, ...)
 
     A missing member is left out, cell by cell; one member is a point forecast, scored by its absolute error.
     """
@@ -987,7 +989,7 @@ def colour_bar(image, x, y, height, scale, label):
 
 
 def unit_of_time(layout):
-    """(name, sign, hours) of the unit in which pictures tell time: the largest that a step of the data fills."""
+    """(name, sign, hours) of the unit of time in pictures: the largest that a step of the data fills."""
     units = ("day", "d", 24.0), ("hour", "h", 1.0), ("minute", "min", 1 / 60)
     return next((u for u in units if layout.step_hours >= u[2]), units[-1])
 
@@ -1159,7 +1161,7 @@ def verification_picture(path, result, variable, layout):
 
 
 def ensemble_picture(path, scores, curves, variable, layout):
-    """Scores by frame and ranks of `verify_ensemble`; quantiles and spectra of what was drawn by `compare`."""
+    """Scores and ranks of `verify_ensemble`; quantiles and spectra of what was drawn by `compare`."""
     (unit, _, hours), one, units = unit_of_time(layout), len(scores["lead_hours"]) == 1, variable.units or "1"
     lead, when, members = np.divide(scores["lead_hours"], hours), f"lead time, {unit}s", scores["members"]
     heading = f"{variable.long_name or variable.name}: {members} members, {scores['conditions']} conditions"
@@ -1184,7 +1186,7 @@ def ensemble_picture(path, scores, curves, variable, layout):
 
 
 def picture_rows(x, problem, codec, members, channel, count=6):
-    """What the pictures show: (label, fields (T, H, W), known (T,)) of what is given, the truth, and draws."""
+    """(label, fields (T, H, W), known (T,)) of what the pictures show: what is given, truth, draws."""
     known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)  # (R, T)
     if not problem.mask.any():
         return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(count, len(x)))]
@@ -1239,7 +1241,7 @@ def picture_name(i, variable):
 
 
 def verify_law(c, model, problem, x, folder):
-    """Compare clips with the law of held-out ones (edits: of those they were made of), long ones in pieces."""
+    """Compare clips, long ones in pieces, with held-out ones, edits with those they were made of."""
     s, area, report = model.settings, model.layout.area(), {}
     record = model.open_record()
     T, L = s.frames, x.shape[2]
@@ -1325,8 +1327,7 @@ def load_model(c):
 
 def draw_all(c, sampler, folder, digest, rank, world):
     """Draw what is missing, ranks of torchrun share it; rank 0 gets (clips on disk, folder of the parts),
-    others None. Every finished sample is a part on disk: an interrupted run goes on where it stopped.
-    """
+    others None. Every finished sample is a part on disk: an interrupted run goes on where it stopped."""
     parts = folder / f"parts-{fingerprint(c, digest)}"
     parts.mkdir(exist_ok=True)
     missing = [i for i in range(c.num_samples) if not (parts / f"{i:06d}.pt").exists()]
@@ -1371,6 +1372,7 @@ def main(argv=None):
             (folder / name).unlink(missing_ok=True)
         command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
         history = f"{command}: sampler {c.sampler}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
+        history += f", trained with --select={model.settings.select}" * bool(model.settings.select)
         written = write_results(c, model, problem, x, history, folder)
         if c.verify and TASKS[c.task].start in ("noise", "edit"):
             unseen = problem.unseen(model.codec)

@@ -55,6 +55,7 @@ init_from = "new"  # resume goes on from out_dir, scratch replaces what is there
 describe = False  # print what was understood of the data and stop
 # data
 dataset = "climate"  # climate, gaussian, or a path to .npy, .npz, NetCDF, Zarr, or a folder of them [fixed]
+select = ""  # part of a file, "level=850,latitude=35:70,longitude=-20:40,time=2000:2010" [fixed]
 variables = ""  # comma-separated names to stack as channels; empty takes every field [fixed]
 frames = 8  # time steps per clip [>= 1, fixed]
 min_frames = 0  # shortest clips trained on, 1 is single images; 0 is as frames [>= 0, fixed]
@@ -109,7 +110,7 @@ checkpoint_activations = False  # compute them again in the backward pass: less 
 
 AUGMENT = (-2.0, 10.0)  # log-SNRs to which the block means that an upsampler is told are noised
 BOUND_STEPS = 1000  # steps T of the discrete bound that eval_only prints
-FORMAT = 10  # of checkpoints
+FORMAT = 11  # of checkpoints
 LOGSNR_BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the loss table in log.jsonl
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -204,7 +205,7 @@ def check(c):
 
 
 def check_room(c):
-    """Refuse what is far too large for this machine, roughly: built-in data, 20 bytes a weight, activations."""
+    """Refuse what is far too large here, roughly: built-in data, 20 bytes a weight, activations."""
     builtin, made = c.dataset in ("climate", "gaussian"), Path(f"data/{c.dataset}_{c.size}_seed0.npy")
     free, size = shutil.disk_usage(".").free, 2 * data.SEASONS * data.SEASON_HOURS * c.size**2
     fits = size < free or not builtin or made.exists()
@@ -375,7 +376,7 @@ class Model:
         return cls(denoiser, *parts, checkpoint["extent"], settings)
 
     def open_record(self):
-        """The record trained on; InputError if it is no longer the same: it would be split in other places."""
+        """The record trained on; InputError if it is no longer the same, and so would be split elsewhere."""
         s = self.settings
         record = open_data(s).fit_to(self.layout, s.dataset)
         what = f"{s.dataset} no longer holds the {self.extent[0]} frames that the checkpoint was trained on"
@@ -388,20 +389,20 @@ NETWORKS = {"unet": UNet, "dit": DiT, "vae": VAE}
 
 def open_data(c):
     """The record that the settings name, of block means if they say so."""
-    record = data.open_record(c.dataset, c.variables, c.size)
+    record = data.open_record(c.dataset, c.variables, c.size, select=c.select)
     return record if c.coarsen == 1 or "coarse" in told_names(c) else record.coarsened(c.coarsen)
 
 
 def open_autoencoder(c, record, clips):
-    """The codec of latents: the autoencoder trained in --vae, its latents standardised by batches of clips."""
+    """The codec of latents: the autoencoder of --vae, its latents standardised by batches of clips."""
     vae = Model.load(load_checkpoint(Path(c.vae).expanduser() / "ckpt.pt"))
     require(vae.settings.network == "vae", f"--vae={c.vae} was not trained with --network=vae")
     vae.layout.match(record.layout, c.dataset, reference=f"--vae={c.vae}")
     codec = LatentCodec(vae.codec, vae.denoiser.network, record.layout.size).fit(clips)
-    x = vae.codec.encode(next(iter(clips)))
-    lost = (vae.codec.encode(codec.decode(codec.encode(next(iter(clips))))) - x).pow(2).nanmean().sqrt()
+    x = vae.codec.encode(clips[0])
+    lost = (vae.codec.encode(codec.decode(codec.encode(clips[0]))) - x).pow(2).nanmean().sqrt()
     print(
-        f"autoencoder {c.vae}: loses {lost:.3f} standard deviations (RMS), the floor of a model of its latents"
+        f"latents   the autoencoder {c.vae} loses {lost:.3f} standard deviations (RMS), a model of them no less"
     )
     return codec
 
@@ -459,8 +460,8 @@ class Clips(Dataset):
     """Batches of clips of a record, each a function of stream = (seed, step, micro-batch) alone.
 
     shortest: clips have from so many to model.settings.frames frames, one number for a batch; 0: all of them.
-    Missing values are filled with draws of the Gaussian law given what is there, as it was fitted: so what the
-    network sees is weather everywhere, and the loss asks for the data alone.
+    Missing values are filled with draws of the Gaussian law given what is there, as it was fitted: so what
+    the network sees is weather everywhere, and the loss asks for the data alone.
     """
 
     def __init__(self, record, starts, model, shortest=0):
@@ -542,8 +543,8 @@ def autoencoder_loss(denoiser, batch):
 
 
 def means(results, network):
-    """(mean loss, {'lo..hi': mean squared v-error by bin of log-SNR}) of a list of (loss, v-error, logsnr); of an
-    autoencoder the two parts of its loss."""
+    """(mean loss, {'lo..hi': mean squared v-error by bin of log-SNR}) of a list of (loss, v-error, logsnr);
+    of an autoencoder the two parts of its loss."""
     loss, v_error, logsnr = (torch.cat(part).detach().cpu() for part in zip(*results))
     if network == "vae":
         return loss.mean().item(), {
@@ -566,8 +567,8 @@ def evaluate(run):
 def print_likelihoods(run):
     """What eval_only prints: the held-out loss, and negative log-likelihoods in float32 with standard errors.
 
-    The bounds are those of eval_iters batches, the probability-flow ODE's of the first ode_clips clips with one
-    Hutchinson probe each. 'physical' rows include the change of variables of the transform.
+    The bounds are those of eval_iters batches, the probability-flow ODE's of the first ode_clips clips with
+    one Hutchinson probe each. 'physical' rows include the change of variables of the transform.
     """
     c, rows, lo, hi = run.c, {}, run.c.logsnr_min, run.c.logsnr_max
     loss, bins = evaluate(run)
