@@ -487,7 +487,9 @@ class Record:
         if H % n or W % n:
             raise InputError(f"--coarsen={n} does not divide the grid of {H} x {W}")
         for k, c in self.layout.coords.items():
-            coords[k] = c | {"values": places(c, 360 if is_degrees(c) else None, n)} if c["dims"] else c
+            coords[k] = (
+                c | {"values": places(c, 360 if is_degrees(c["attrs"]) else None, n)} if c["dims"] else c
+            )
         extras = {k: block_means(v, n) if v.ndim == 2 else v for k, v in self.extras.items() if v.ndim < 3}
         return replace(self, layout=replace(self.layout, coords=coords), extras=extras, coarsen=n)
 
@@ -760,7 +762,7 @@ def fields_of(ds, ranged):
     timed = any(axes[k][0] and ds[k].ndim > 2 for k in axes)
     for name, (t, y, x) in axes.items():
         da = ds[name]
-        da = da.squeeze([d for d in da.dims if ds.sizes[d] == 1 and d not in (t, y, x)], drop=True)
+        da = da.squeeze([d for d in da.dims if ds.sizes[d] == 1 and d not in (t, y, x, "channel")], drop=True)
         front = [d for d in (*members, t) if d in da.dims]
         rest = [d for d in da.dims if d not in (*front, y, x)]
         channels = []

@@ -3369,6 +3369,50 @@ def test_guidance_exaggerates_what_is_told(trained):
     assert np.abs(plain - nothing).max() > 0.01
 
 
+def test_an_upsampler_is_told_the_block_means(trained):
+    m = model_of(trained("coarsen=2 condition=coarse"))
+    clips = normal(3, 1, 4, 8, 8).float().numpy()
+    told = m.tell_coarse(clips, torch.full((3,), 60.0), torch.Generator().manual_seed(0))
+    means = m.codec.encode(clips.reshape(3, 1, 4, 4, 2, 4, 2).mean((4, 6)))
+    close(told[:, :1, :, ::2, 1::2], means, atol=1e-4, rtol=1e-4)
+    assert (told[:, 1] == 6).all()
+
+
+def test_an_upsampler_sees_noise_of_the_level_it_is_told(trained):
+    m, logsnr = model_of(trained("coarsen=2 condition=coarse")), torch.tensor([-2.0, 2.0])
+    told = m.tell_coarse(np.zeros((2, 1, 400, 8, 8), np.float32), logsnr, torch.Generator().manual_seed(0))
+    close(told[:, 0].var((1, 2, 3)), torch.sigmoid(-logsnr), rtol=0.05, atol=0)
+    assert told[:, 1, 0, 0, 0].tolist() == pytest.approx([-0.2, 0.2])
+
+
+@pytest.mark.parametrize("suffix", ["npz", "nc"])
+def test_a_cascade_refines_every_sample_of_its_base(suffix, own, trained):
+    base, fine = own("coarsen=2"), trained("coarsen=2 condition=coarse")
+    means = drawn(base, "num_samples=3").x
+    upper = drawn(
+        fine, "num_samples=3 task=superres factor=2 verify=true", input=base / f"samples/samples.{suffix}"
+    )
+    assert means.shape == (3, 1, 4, 4, 4) and upper.x.shape == (3, 1, 4, 8, 8) and "walk" in upper.report
+
+
+def test_a_model_of_latents_learns_resumes_and_draws(own, trained, tmp_path, capsys):
+    vae = own("network=vae")
+    assert resume(vae, "max_iters=3")["step"] == 3
+    bins = json.loads((vae / "log.jsonl").read_text().splitlines()[-1])["bins"]
+    learn(tmp_path / "latent", vae=vae, patch=1)
+    assert "whose autoencoder loses" in capsys.readouterr().out and set(bins) == {"reconstruction", "kl"}
+    assert resume(tmp_path / "latent", "max_iters=3")["step"] == 3
+    clips = drawn(tmp_path / "latent", "verify=true")
+    assert clips.x.shape == (4, 1, 4, 8, 8) and "autoencoder" in clips.report["walk"]
+    known = drawn(tmp_path / "latent", "task=forecast input=now.npy").x
+    assert known.shape == (4, 1, 4, 8, 8) and np.isfinite(known).all()
+    for settings, message in (("task=superres", "needs cells"), ("task=inpaint", "needs cells")):
+        with pytest.raises(data.InputError, match=message):
+            drawn(tmp_path / "latent", settings)
+    with pytest.raises(data.InputError, match="holds an autoencoder"):
+        drawn(vae)
+
+
 def test_files_of_every_variable_are_named(own, capsys):
     folder = own("transform=none,cbrt dataset=pair.npz")
     drawn(folder, "task=forecast verify=true")
@@ -3421,6 +3465,14 @@ train mults=1,x: whole numbers
 train width=16384: GB of memory
 train batch_size=1000000: GB of memory
 train dataset=climate size=1000000: GB, and
+train condition=coarse: needs the size of blocks
+train dataset=walk.npy frames=4 coarsen=3: does not divide
+train network=vae vae=ok: exclude each other
+train network=vae condition=hour: is told nothing
+train dataset=walk.npy frames=4 network=vae latents=99: more than the 16 numbers of a patch
+train latents=3: belongs to --network=vae
+train dataset=walk.npy frames=4 vae=nowhere: no checkpoint nowhere
+train dataset=walk.npy frames=4 vae=ok: not trained with --network=vae
 train device=tpu: not available
 train dataset=elsewhere: elsewhere
 train dataset=walk.npy frames=4 out_dir=walk.npy: cannot be written

@@ -197,10 +197,13 @@ def check(c):
     whole = re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", c.mults)
     require(whole, f"--mults={c.mults} must be whole numbers like 1,2,4")
     require(c.logsnr_min < c.logsnr_max, f"--logsnr_min={c.logsnr_min} is not below {c.logsnr_max}")
-    require("coarse" not in told_names(c) or c.coarsen > 1, "--condition=coarse needs --coarsen=4, say")
+    coarse = "coarse" in told_names(c)
+    require(not coarse or c.coarsen > 1, "--condition=coarse needs the size of blocks, --coarsen=4")
+    require(not coarse or not c.vae, "--condition=coarse and --vae exclude each other")
     require(
         c.network != "vae" or not c.vae, "--network=vae and --vae exclude each other: one is trained first"
     )
+    require(c.network != "vae" or not c.condition, "--network=vae is told nothing: leave --condition out")
     require(c.min_frames <= c.frames, f"--min_frames={c.min_frames} is more than --frames={c.frames}")
 
 
@@ -401,9 +404,7 @@ def open_autoencoder(c, record, clips):
     codec = LatentCodec(vae.codec, vae.denoiser.network, record.layout.size).fit(clips)
     x = vae.codec.encode(clips[0])
     lost = (vae.codec.encode(codec.decode(codec.encode(clips[0]))) - x).pow(2).nanmean().sqrt()
-    print(
-        f"latents   the autoencoder {c.vae} loses {lost:.3f} standard deviations (RMS), a model of them no less"
-    )
+    print(f"latents   of {c.vae}, whose autoencoder loses {lost:.3f} standard deviations (RMS)")
     return codec
 
 
@@ -434,6 +435,8 @@ def fit(record, starts, c, dtype):
     mults, C = tuple(map(int, c.mults.split(","))), len(gaussian.mean)
     model = Model(None, record.layout, codec, conditions, record.extent(), c)
     shown = 2 * C * c.linear_skip + model.told_channels
+    fewer = c.network != "vae" or c.latents <= C * c.patch**2
+    require(fewer, f"--latents={c.latents} are more than the {C * c.patch**2} numbers of a patch")
     sizes = {"time_patch": c.time_patch, "latents": c.latents, "wrap_x": wrap_x}
     network = NETWORKS[c.network](Config(C, shown, c.width, mults, c.blocks, c.patch, **sizes))
     model.denoiser = make_denoiser(network, gaussian, codec, c, dtype)
