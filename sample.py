@@ -386,7 +386,7 @@ class Sampler:
         z = self.start(denoise, like, indices, rows, noise)
         for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
             advance(len(indices))
-        return z if self.c.obs_std else known.project(z)
+        return z
 
     def draw(self, indices, advance):
         """Standardised clips (B, C, L, H, W), window by window; advance(B) is called after every step."""

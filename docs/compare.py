@@ -2,7 +2,8 @@
 
     python docs/compare.py ablation                        # what each part of the recipe does, ten rows
     python docs/compare.py dissertation --steps=6000       # the dissertation's recipes beside the default
-    python docs/compare.py samplers --seeds=1              # one network, several samplers
+    python docs/compare.py samplers                        # the same networks, several samplers
+    python docs/compare.py networks                        # U-Net and transformer
 
 Run from the repository's root. Everything goes to out-compare/, a folder a row and seed; what is there is not
 made again, so an interrupted table goes on where it stopped. Means over seeds (range).
@@ -35,6 +36,10 @@ RECIPES = {  # row: settings of train.py, of sample.py
         "transform sqrt": (f"--transform=sqrt {DISSERTATION}", MANY),
         "transform learnt": (f"--transform=learnt {DISSERTATION}", MANY),
     },
+    "networks": {
+        "U-Net": ("", ""),
+        "transformer": ("--network=dit", ""),
+    },
     "samplers": {
         "dpmpp_sde 64": ("", ""),
         "dpmpp 64": ("", "--sampler=dpmpp"),
@@ -60,47 +65,41 @@ COLUMNS = {
 }
 
 
-def call(script, out, *settings):
+def call(script, out, settings):
     command = [sys.executable, script, f"--out_dir={out}", *settings]
-    subprocess.run([a for a in command if a], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def errors(row, seed, recipe, args):
+def errors(seed, recipe, args):
     """Errors of one recipe and seed by column, trained and sampled if they are not there yet."""
     to_train, to_sample = (settings.split() for settings in recipe)
-    trained = Path("out-compare") / "-".join(["trained", *to_train, str(seed), str(args.steps)]).replace(
-        "/", "_"
-    )
+    name = "-".join(["trained", *to_train, str(seed), str(args.steps)])
+    trained = Path("out-compare") / name.replace("/", "_")
     sampled = trained.with_name("-".join([trained.name, *to_sample, str(args.num_samples)]))
     if not (trained / "ckpt.pt").exists():
-        call(
-            "train.py", trained, f"--seed={seed}", f"--max_iters={args.steps}", *args.train.split(), *to_train
-        )
+        common = [f"--seed={seed}", f"--max_iters={args.steps}", *args.train.split()]
+        call("train.py", trained, common + to_train)
     report = sampled / "samples" / "verify.json"
     if not report.exists():
         sampled.mkdir(exist_ok=True)
-        if sampled != trained and not (sampled / "ckpt.pt").exists():
+        if not (sampled / "ckpt.pt").exists():
             (sampled / "ckpt.pt").symlink_to(trained.resolve() / "ckpt.pt")
-        call("sample.py", sampled, f"--num_samples={args.num_samples}", *to_sample)
+        call("sample.py", sampled, [f"--num_samples={args.num_samples}", *to_sample])
     rows = next(iter(json.loads(report.read_text()).values()))["rows"]
     return {k: rows[label]["error"] for k, label in COLUMNS.items() if label in rows}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("table", choices=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1800, help="training steps of every recipe")
     parser.add_argument("--num_samples", type=int, default=1024)
-    parser.add_argument(
-        "--train", default="", help="settings of train.py for every recipe, '--size=16 --width=32'"
-    )
+    parser.add_argument("--train", default="", help="settings of train.py for every recipe: '--size=16'")
     args = parser.parse_args()
     print(f"{'':<26}" + "".join(f"{k:>22}" for k in COLUMNS))
     for row, recipe in RECIPES[args.table].items():
-        of_seeds = [errors(row, seed, recipe, args) for seed in range(args.seeds)]
+        of_seeds = [errors(seed, recipe, args) for seed in range(args.seeds)]
         cells = []
         for k in COLUMNS:
             values = [e[k] for e in of_seeds if e.get(k) is not None]
