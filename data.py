@@ -510,6 +510,8 @@ class Record:
             own = replace(own, dims=layout.dims, coords=layout.coords)
         if own.calendar == "frames" and layout.calendar != "frames":
             hours, own = hours * layout.step_hours, replace(own, calendar="none")
+        if order is not None:  # blocks of cells move as a whole
+            order = tuple((i[:, None] * self.coarsen + np.arange(self.coarsen)).ravel() for i in order)
         order = self.order if order is None else order
         return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras, order=order)
 
@@ -816,8 +818,9 @@ def selected(ds, select, notes):
     east."""
     ranged, likely = [], likely_axes(ds)
     for text in (t.strip() for t in select.split(",") if t.strip()):
-        name, *ends = (part.strip() for part in re.split("[=:]", text))
-        if name not in ds.dims or len(ends) not in (1, 2):
+        name, equals, chosen = (part.strip() for part in text.partition("="))
+        ends = [end.strip() for end in re.split(r"(?<!T\d\d):|:(?=\d{4}-)", chosen)]  # T12:00 is one time
+        if not equals or name not in ds.dims or len(ends) > 2:
             raise InputError(f"--select={text} is no name=value or name=low:high of {', '.join(ds.dims)}")
         values, n = ds[name].values, ds.sizes[name]
         hours, calendar = times_of(ds, name, n) if name in likely["T"] else (None, "none")
@@ -938,7 +941,7 @@ def read_file(path, wanted, group, select, memory):
     layout = Layout(names, attrs, (ydim, xdim), coords=coords, calendar=calendar, named=not bare)
     extras = {}
     for k, v in ds.variables.items():
-        if k not in names and v.dtype.kind in "fiub" and {*v.dims} in ({tdim}, {ydim, xdim}):
+        if k not in (*names, tdim) and v.dtype.kind in "fiub" and {*v.dims} in ({tdim}, {ydim, xdim}):
             extras[k] = v.transpose(*[d for d in (tdim, ydim, xdim) if d in v.dims]).values
     held = fields if kind == "numpy" else names if first.size * len(names) * 4 < memory else []
     try:
@@ -1568,6 +1571,8 @@ def describe(record, codec, train_starts, test_starts, frames):
         *(f"variable  {v.summary}" for v in codec.variables),
         f"split     {split}; a clip is {frames} consecutive frames",
     ]
+    told = [*["hour", "day"] * layout.dated, *record.extras]
+    lines += [f"told      nothing but by --condition, of {', '.join(told)}"] * bool(told)
     return "\n".join(lines)
 
 

@@ -310,7 +310,7 @@ class DiT(Network):
 
     def angles(self, t, h, w, d, device):
         """Angles of rotary positions in t, y and x, (t h w, d / 2)."""
-        pairs = d // 6, (d // 2 - d // 6) // 2  # that turn with time, with y; the rest with x
+        pairs = max(1, d // 6), (d // 2 - max(1, d // 6)) // 2  # that turn with time, with y; the rest with x
         along_t, along_y = turns(t, pairs[0], device), turns(h, pairs[1], device)
         along_x = turns(w, d // 2 - sum(pairs), device)
         if self.config.wrap_x:  # whole turns around the globe
@@ -361,7 +361,7 @@ class VAE(nn.Module):
         self.config = c = config
         cells = c.in_channels * c.patch**2
         self.encoder, self.decoder = self.layers(cells, 2 * c.latents), self.layers(c.latents, cells)
-        self.log_variance = nn.Parameter(torch.zeros(c.in_channels, 1, 1, 1))  # of the decoder, per variable
+        self.log_variance = nn.Parameter(torch.zeros(c.in_channels))  # of the decoder, per variable
         self.to(memory_format=torch.channels_last)
 
     def layers(self, c_in, c_out):
@@ -390,15 +390,17 @@ class VAE(nn.Module):
         return rearrange(h, "(b t) c h w -> b c t h w", t=T)
 
     def forward(self, x, noise):
-        """The two parts of -ELBO in nats: reconstruction, like x, and KL of every latent. noise like x, of
-        which every patch gives that of its latents."""
+        """The two parts of -ELBO in nats: reconstruction, like x, and KL of every latent.
+
+        noise: standard normal, shaped like x; the first K of the C n^2 values of a patch are that of its
+        latents.
+        """
         (mean, log_var), n = self.encode(x), self.config.patch
-        noise = F.pad(noise, (0, -x.shape[-1] % n, 0, -x.shape[-2] % n))
+        noise = F.pad(noise, (0, -x.shape[-1] % n, 0, -x.shape[-2] % n, 0, 0), mode="circular")
         noise = F.pixel_unshuffle(noise.transpose(1, 2), n)[:, :, : mean.shape[1]].transpose(1, 2)
         error = x - self.decode(mean + (0.5 * log_var).exp() * noise, x.shape[-2:])
-        reconstruction = 0.5 * (
-            error**2 / self.log_variance.exp() + self.log_variance + math.log(2 * math.pi)
-        )
+        log_variance = self.log_variance.view(-1, 1, 1, 1)
+        reconstruction = 0.5 * (error**2 / log_variance.exp() + log_variance + math.log(2 * math.pi))
         return reconstruction, 0.5 * (mean**2 + log_var.exp() - log_var - 1)
 
 

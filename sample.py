@@ -57,7 +57,7 @@ members = 1  # draws for each condition, an ensemble; num_samples / members cond
 method = "linear"  # how what is known moves x_hat [linear | guidance | imputation]
 guidance_weight = 3.0  # of reconstruction guidance [>= 0, method=guidance]
 obs_std = 0.0  # error of what is known, in standard deviations; 0: met exactly [>= 0, method=linear]
-augment_logsnr = 6.0  # noise on the block means that an upsampler (train.py --condition=coarse) is told
+augment_logsnr = 6.0  # of the block means that an upsampler (--condition=coarse) is told [>= -2, <= 10]
 guidance_scale = 1.0  # weight of what the network is told; 0 nothing, above 1 exaggerated [>= 0]
 edit_logsnr = -2.0  # how far the fields are noised; lower keeps less [task=edit]
 # machine and output
@@ -126,7 +126,8 @@ class Problem:
 
     y, mask (R, C, L, H / factor, W / factor) standardised; truth (R, C, L, H, W) physical, NaN where unknown,
     or None; told (R, K, L, H, W) or None; hours (R, L) of the calendar; reference: the frame that lead times
-    count from; windows: the clips to draw in turn (data.windows).
+    count from; windows: the clips to draw in turn (data.windows); imposed: whether the draws agree with y, of
+    which an upsampler is only told.
     """
 
     y: torch.Tensor
@@ -138,6 +139,7 @@ class Problem:
     calendar: str
     reference: int
     windows: list
+    imposed: bool = True
 
     def observation(self):
         return diffusion.Observation(self.y, self.mask, self.factor)
@@ -210,8 +212,7 @@ def known_cells(c, clips, model):
     factor = c.factor if c.task == "superres" else 1
     require(H % factor == 0 == W % factor, f"--factor={factor} does not divide the grid of {H} x {W}")
     y = model.codec.encode(clips)
-    told = c.task == "superres" and model.coarse  # an upsampler is told the block means, which are not exact
-    frames = np.zeros(length, bool) if told or not known else known(np.arange(length), length, c)
+    frames = known(np.arange(length), length, c) if known else np.zeros(length, bool)
     mask = y.isfinite().float() * torch.from_numpy(frames)[:, None, None]
     if c.task == "inpaint" and not c.input:  # for want of a hole, the middle is hidden
         mask[..., H // 4 : -(-3 * H // 4), W // 4 : -(-3 * W // 4)] = 0
@@ -229,7 +230,7 @@ def pose(c, model):
     count, t = c.num_samples // c.members, np.arange(length)
     start, before, record, told = np.zeros(count, int), 0, None, None  # before: frames ahead of those read
     clips = np.full((1, len(layout.names), length, *layout.size), np.nan, np.float32)
-    reads = task.reads or bool(c.input) or model.coarse > 0
+    reads = task.reads or bool(c.input) or model.told_block > 0
     if reads or model.conditions.channels:
         record = open_input(c, model)
         wanted = min(window, model.settings.frames) if c.task == "extend" else length
@@ -244,7 +245,7 @@ def pose(c, model):
     if model.conditions.channels:
         index = np.maximum(start[:, None] + t - before, 0)
         told = model.conditions.values(record, index, hours, model.grid)
-    if model.coarse:
+    if model.told_block:
         noised = torch.full((count,), c.augment_logsnr), torch.Generator().manual_seed(c.seed)
         means = model.tell_coarse(clips, *noised)
         told = means if told is None else torch.cat([told, means], 1)
@@ -260,6 +261,7 @@ def pose(c, model):
         calendar=record.layout.calendar if record else "none",
         reference={"forecast": c.known - 1, "hindcast": length - c.known}.get(c.task, 0),
         windows=data.windows(length, window, c.known, ahead, task.reverse),
+        imposed=not model.told_block or c.task != "superres",
     )
 
 
@@ -365,7 +367,8 @@ class Sampler:
             self.x = model.codec.encode(problem.truth).nan_to_num()
         if c.task == "morph":
             ends = self.x[[0, -1]].to(self.device)
-            self.ends = encode(partial(model.denoiser.denoise, cond=None), ends, grid)
+            told = None if problem.told is None else problem.told[[0, -1]].to(self.device)
+            self.ends = encode(partial(model.denoiser.denoise, cond=told), ends, grid)
 
     def start(self, denoise, like, indices, rows, noise):
         """z (B, C, T, H, W) at the first level of samples `indices` of conditions `rows`."""
@@ -399,7 +402,9 @@ class Sampler:
         valid = self.model.codec.valid.to(device)
         y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
         for window, keep in problem.windows:
-            known = diffusion.Observation(y[:, :, window], mask[:, :, window], problem.factor)
+            known = diffusion.Observation(
+                y[:, :, window], mask[:, :, window] * problem.imposed, problem.factor
+            )
             told = None if problem.told is None else problem.told[rows][:, :, window].to(device)
             denoise = make_denoiser(self.c, self.model, known, told)
             z = self.chain(denoise, known, indices, rows, noise, advance)
@@ -1203,7 +1208,8 @@ def picture_rows(x, problem, codec, members, channel, count=6):
 
 def write_results(c, model, problem, x, history, folder):
     """samples.npz, samples.nc and the pictures; returns their names."""
-    given, layout = bool(problem.mask.any()), replace(model.layout, calendar=problem.calendar)
+    given = bool(problem.mask.any()) and (problem.imposed or c.members > 1)
+    layout = replace(model.layout, calendar=problem.calendar)
     lead = (np.arange(x.shape[2]) - problem.reference) * layout.step_hours
     fields = x.reshape(-1, c.members, *x.shape[1:]) if given else x  # (R, M, C, L, H, W): ensembles
     reference = problem.hours[:, problem.reference] if given else None
@@ -1309,19 +1315,21 @@ def load_model(c):
     model = train.Model.load(checkpoint, dtype)
     model.denoiser.to(device).eval().requires_grad_(False)
     model.denoiser.network.checkpoint_activations = c.checkpoint_activations
-    if compiled:
-        model.denoiser.network.compile_blocks()
     what = f"{c.out_dir} holds an autoencoder: train a model of its latents, train.py --vae={c.out_dir}"
     require(model.settings.network != "vae", what)
     dataset = model.settings.dataset
     builtin = dataset in ("climate", "gaussian")
+    cells = model.settings.coarsen == 1 or model.told_block
+    require(cells or not c.exact, "--exact=true knows the law of cells, not of the means of --coarsen")
     require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
-    told = c.guidance_scale == 1 or model.conditions.channels or model.coarse
+    told = c.guidance_scale == 1 or model.conditions.channels or model.told_block
     require(told, "--guidance_scale needs a checkpoint of train.py with --condition")
     latent = c.task in ("inpaint", "superres") and model.settings.vae
     require(not latent, f"--task={c.task} needs cells, and this is a model of latents, which know frames")
-    other = c.task == "superres" and model.coarse not in (0, c.factor)
-    require(not other, f"this upsampler is told means of --factor={model.coarse} cells, not {c.factor}")
+    other = c.task == "superres" and model.told_block not in (0, c.factor)
+    require(not other, f"this upsampler is told means of --factor={model.told_block} cells, not {c.factor}")
+    if compiled:
+        model.denoiser.network.compile_blocks()
     return model, checkpoint["digest"], checkpoint["step"]
 
 
@@ -1363,6 +1371,10 @@ def main(argv=None):
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
     single = c.obs_std == 0 or len(problem.windows) == 1
     require(single, "--obs_std belongs to a single window of frames: use a shorter --length")
+    single = problem.factor == 1 or len(problem.windows) == 1
+    require(
+        single, f"--task=superres draws all frames together: use --frames={c.length} or a shorter --length"
+    )
     folder = Path(c.out_dir) / "samples"
     with train.locked(folder) if rank == 0 else nullcontext():
         x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)

@@ -3500,7 +3500,8 @@ train network=vae vae=ok: exclude each other
 train network=vae condition=hour: is told nothing
 train dataset=walk.npy frames=4 network=vae latents=99: more than the 16 numbers of a patch
 train latents=3: belongs to --network=vae
-train dataset=walk.npy frames=4 vae=nowhere: no checkpoint nowhere
+train dataset=walk.npy frames=4 coarsen=3 condition=coarse: does not divide
+train dataset=walk.npy frames=4 vae=nowhere: or set --vae
 train dataset=walk.npy frames=4 vae=ok: not trained with --network=vae
 train device=tpu: not available
 train dataset=elsewhere: elsewhere
@@ -3522,6 +3523,7 @@ sample task=forecast members=3: must be a multiple of --members=3
 sample exact=true task=edit: belongs to --task=generate
 sample exact=true out_dir=ok: not of walk.npy
 sample out_dir=ok guidance_scale=2: --condition
+sample out_dir=ok task=superres factor=2 length=17 input=walk.npy: draws all frames together
 sample out_dir=ok sampler=sde steps=3: unstable
 sample out_dir=ok task=edit edit_logsnr=50: outside the grid
 sample out_dir=ok task=edit input=narrow.npy: narrow.npy

@@ -69,9 +69,9 @@ network = "unet"  # unet; dit, a transformer; vae, the autoencoder of a latent m
 vae = ""  # out_dir of a run with --network=vae in whose latents to train; empty: in the fields [fixed]
 latents = 4  # numbers that a patch of a frame is compressed to [>= 1, fixed, network=vae]
 width = 64  # channels at the first level, a multiple of 16 [>= 16, fixed]
-mults = "1,2"  # channel multiples; every further level halves the resolution [fixed]
+mults = "1,2"  # channels of a level / width; every further level halves the resolution [fixed]
 blocks = 1  # residual blocks per level [>= 1, fixed]
-patch = 4  # pixel-unshuffle at the input: cells of a patch become channels [>= 1, fixed]
+patch = 4  # cells of a patch become channels at the input; 1 with --vae [>= 1, fixed]
 time_patch = 1  # frames of a patch [>= 1, fixed, network=dit]
 wrap_x = "auto"  # periodic longitude; auto: from the coordinates [auto | true | false, fixed]
 # diffusion
@@ -260,12 +260,12 @@ def locked(folder):
         yield folder
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, setting="--out_dir"):
     """Read a checkpoint (nothing in it can run), with the digest of its bytes. Raises InputError."""
     path = Path(path).expanduser()
     previous = path.with_suffix(".prev.pt")
     hint = f"; the one before it is {previous}: copy it to {path}" if previous.exists() else ""
-    require(path.exists(), f"there is no checkpoint {path}: run train.py first, or set --out_dir{hint}")
+    require(path.exists(), f"there is no checkpoint {path}: run train.py first, or set {setting}{hint}")
     try:
         content = path.read_bytes()
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
@@ -316,13 +316,13 @@ class Model:
         return tuple(self.denoiser.gaussian.variances.shape[-2:])
 
     @property
-    def coarse(self):
+    def told_block(self):
         """Cells along the side of a block whose means an upsampler is told; 0 if this is none."""
         return self.settings.coarsen if "coarse" in told_names(self.settings) else 0
 
     @property
     def told_channels(self):
-        return self.conditions.channels + (self.coarse > 0) * (len(self.layout.names) + 1)
+        return self.conditions.channels + (self.told_block > 0) * (len(self.layout.names) + 1)
 
     def tell_coarse(self, clips, logsnr, generator):
         """What an upsampler is told of physical clips (B, C, T, H, W), or of their block means as they are.
@@ -330,7 +330,7 @@ class Model:
         The means, encoded and noised to log-SNRs (B,) (conditioning augmentation, Ho et al. 2022), and the
         log-SNR: (B, C + 1, T, H, W).
         """
-        n = self.coarse
+        n = self.told_block
         if clips.shape[-2:] == tuple(self.layout.size):
             clips = data.block_means(clips, n)
         y = self.codec.encode(clips).nan_to_num()
@@ -394,14 +394,16 @@ NETWORKS = {"unet": UNet, "dit": DiT, "vae": VAE}
 def open_data(c):
     """The record that the settings name, of block means if they say so."""
     record = data.open_record(c.dataset, c.variables, c.size, select=c.select)
-    return record if c.coarsen == 1 or "coarse" in told_names(c) else record.coarsened(c.coarsen)
+    means = record.coarsened(c.coarsen) if c.coarsen > 1 else record  # refuses a grid that n does not divide
+    return record if "coarse" in told_names(c) else means
 
 
 def open_autoencoder(c, record, clips):
     """The codec of latents: the autoencoder of --vae, its latents standardised by batches of clips."""
-    vae = Model.load(load_checkpoint(Path(c.vae).expanduser() / "ckpt.pt"))
+    vae = Model.load(load_checkpoint(Path(c.vae).expanduser() / "ckpt.pt", "--vae"))
     require(vae.settings.network == "vae", f"--vae={c.vae} was not trained with --network=vae")
-    vae.layout.match(record.layout, c.dataset, reference=f"--vae={c.vae}")
+    order = vae.layout.match(record.layout, c.dataset, reference=f"--vae={c.vae}")
+    require(order is None, f"{c.dataset} has its rows or columns in another order than the data of {c.vae}")
     codec = LatentCodec(vae.codec, vae.denoiser.network, record.layout.size).fit(clips)
     x = vae.codec.encode(clips[0])
     lost = (vae.codec.encode(codec.decode(codec.encode(clips[0]))) - x).pow(2).nanmean().sqrt()
@@ -492,7 +494,7 @@ class Clips(Dataset):
         parts = []
         if conditions.channels:
             parts.append(conditions.values(self.record, starts[:, None] + np.arange(T), size=self.model.grid))
-        if self.model.coarse:
+        if self.model.told_block:
             noised = AUGMENT[0] + (AUGMENT[1] - AUGMENT[0]) * torch.rand(s.batch_size, generator=generator)
             parts.append(self.model.tell_coarse(clips, noised, generator))
         if parts:
@@ -541,7 +543,7 @@ def autoencoder_loss(denoiser, batch):
     with denoiser.autocast(batch.x):
         reconstruction, kl = denoiser.network(batch.x, batch.eps)
     mask = torch.ones_like(batch.x) if batch.mask is None else batch.mask
-    size = mask.flatten(1).sum(1)
+    size = mask.flatten(1).sum(1).clamp(min=1)
     kl = kl.flatten(1).sum(1) / size
     return (reconstruction * mask).flatten(1).sum(1) / size + kl, kl
 
@@ -562,8 +564,9 @@ def means(results, network):
 
 @torch.no_grad()
 def calibrate(run):
-    """Set how much of what the averaged network adds is kept at each log-SNR: the slope of the truth on it, over
-    held-out clips, between 0 and 1. So an estimate is no worse there than that of the Gaussian law alone."""
+    """Set how much of what the averaged network adds is kept at each log-SNR: the slope of the truth on it,
+    over held-out clips, between 0 and 1. So an estimate is no worse there than that of the Gaussian law
+    alone."""
     sums = torch.zeros(2, len(run.ema.kept), device=run.device)
     run.ema.kept.fill_(1.0)
     for i in range(4 * run.c.eval_iters):
@@ -704,7 +707,7 @@ def start(c, given, rules):
         for p, moments in run.optimizer.state.items():  # a fused optimiser pairs entries by place in memory
             same = {k: v for k, v in moments.items() if v.shape == p.shape}
             moments |= {k: torch.empty_like(p).copy_(v) for k, v in same.items()}
-    if compiled:
+    if compiled and c.network != "vae":
         model.denoiser.network.compile_blocks()
     return run
 
@@ -851,7 +854,8 @@ def train(run):
         hint = "continue with --init_from=resume"
         print(f"stopped by signal {int(stop)} at step {run.step}; {hint}", file=sys.stderr)
     elif run.rank == 0:
-        print(f"{out}/ckpt.pt is at step {run.step}: python sample.py --out_dir={out}")
+        use = f"train.py --vae={out}" if run.c.network == "vae" else f"sample.py --out_dir={out}"
+        print(f"{out}/ckpt.pt is at step {run.step}: python {use}")
     return stop
 
 
@@ -865,6 +869,7 @@ def main(argv=None):
         record = open_data(c)
         starts = data.split_windows(record, c.frames)
         codec = data.Codec.fit(record, starts[0], c.frames, c.transform)
+        data.Conditions.fit(record, [n for n in told_names(c) if n != "coarse"], starts[0])
         return print(*record.notes, data.describe(record, codec, *starts, c.frames), sep="\n")
     if not c.eval_only:
         check_folder(c)
