@@ -3523,7 +3523,7 @@ sample task=forecast members=3: must be a multiple of --members=3
 sample exact=true task=edit: belongs to --task=generate
 sample exact=true out_dir=ok: not of walk.npy
 sample out_dir=ok guidance_scale=2: --condition
-sample out_dir=ok task=superres factor=2 length=17 input=walk.npy: draws all frames together
+sample out_dir=ok task=superres factor=2 length=17 input=coarse.npy: draws all frames together
 sample out_dir=ok sampler=sde steps=3: unstable
 sample out_dir=ok task=edit edit_logsnr=50: outside the grid
 sample out_dir=ok task=edit input=narrow.npy: narrow.npy
