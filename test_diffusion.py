@@ -3399,10 +3399,14 @@ def test_encoded_clips_come_back(task, same, trained, capsys):
     assert ("round trip: RMS" in capsys.readouterr().out) == (task == "encode") and np.ptp(x, 0).min() > 0
 
 
-def test_guidance_exaggerates_what_is_told(trained):
-    told = trained(TOLD + " max_iters=80 condition_dropout=0.5 learning_rate=0.02")
-    plain, more, nothing = (drawn(told, guidance_scale=s, steps=1).x for s in (1, 3, 0))
-    np.testing.assert_allclose(more - nothing, 3 * (plain - nothing), atol=1e-3)
+def test_guidance_exaggerates_what_is_told(own):
+    folder = own(TOLD)
+    kept = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(kept["ema"]["cell.out.weight"])  # a network that says something
+    torch.save(kept | {"kept": torch.ones_like(kept["kept"])}, folder / "ckpt.pt")
+    plain, more, nothing = (drawn(folder, guidance_scale=s, steps=1).x for s in (1, 3, 0))
+    np.testing.assert_allclose(more - nothing, 3 * (plain - nothing), rtol=1e-2, atol=1e-3)
     assert np.abs(plain - nothing).max() > 0.01
 
 
