@@ -718,6 +718,11 @@ def open_dataset(path, group=""):
             names = ", ".join(node.path[1:] for node in groups)
             raise InputError(f"{path} has data in groups {names}: choose one, {path}{groups[0].path}")
         ds = groups[0].to_dataset() if groups else ds
+        for v in ds.data_vars.values():  # netCDF's default fill values of whole numbers, if none is declared
+            fill = {"i2": -(2**15) + 1, "i4": -(2**31) + 1, "i8": -(2**63) + 2}.get(v.dtype.str[1:])
+            declared = {"_FillValue", "missing_value", "scale_factor", "add_offset"} & v.attrs.keys()
+            if fill is not None and v.ndim > 2 and not declared:
+                v.attrs["_FillValue"] = v.dtype.type(fill)
         return xr.decode_cf(ds, decode_times=False, decode_timedelta=False, decode_coords="all")
 
 

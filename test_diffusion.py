@@ -1941,6 +1941,20 @@ def test_marks_of_no_data_are_told_by_value_and_count(value, cells):
     assert not cells or f"WARNING: {value:g}, {cells} times, far from others" in summary
 
 
+def test_fill_values_of_integers_are_no_data_where_none_is_declared(tmp_path):
+    x = np.random.default_rng(0).integers(0, 100, (24, 5, 6)).astype(np.int16)
+    x[3, 2, 1] = -32767
+    got = opened(tmp_path, dataset(x, lat=np.arange(5.0), lon=np.arange(6.0))).frames(0, 24)[0]
+    assert np.isnan(got[3, 2, 1]) and np.isnan(got).sum() == 1 and (got[4:] == x[4:]).all()
+
+
+def test_a_copy_of_a_file_is_left_out(tmp_path):
+    for name in ("a.nc", "b.nc"):
+        dataset().to_netcdf(tmp_path / name)
+    record = data.open_record(tmp_path)
+    assert len(record) == len(FIELD) and any("b.nc repeats" in note for note in record.notes)
+
+
 def test_a_large_grid_is_sampled_in_parts_of_many_frames(monkeypatch):
     monkeypatch.setattr(data, "SAMPLE", 40_000)
     x = np.sin(2 * np.pi * np.arange(2400) / 24)[:, None, None] + np.zeros((1, 100, 200))  # a day's cycle

@@ -99,7 +99,7 @@ eval_iters = 4  # held-out batches per evaluation [>= 1]
 eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
 ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only prints; 0 leaves it out [>= 0]
 ode_clips = 8  # held-out clips of the exact likelihood [>= 1]
-log_interval = 10  # steps between lines of log.jsonl, log.new.jsonl before a first checkpoint [>= 1]
+log_interval = 10  # steps between lines of log.jsonl [>= 1]
 # machine
 seed = 0  # of weights, batches, times and noise [>= 0, <= 4294967295, fixed]
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -838,7 +838,9 @@ def train(run):
     with locked(out) if run.rank == 0 else nullcontext():
         if run.rank == 0:
             check_folder(run.c, run.digest)  # again: another process may have had it meanwhile
-            run.log = out / ("log.jsonl" if run.digest else "log.new.jsonl")
+            run.log = out / "log.jsonl"
+            if run.log.exists() and not run.digest:  # that of a run to be replaced, until it is
+                run.log = out / "log.new.jsonl"
             keep_log(run.log, run.step if run.digest else -1)
             million, dtype = sum(p.numel() for p in run.ema.parameters()) / 1e6, str(run.ema.dtype)[6:]
             print(f"network   {million:.1f} M parameters on {run.world} x {run.device} in {dtype}")
