@@ -662,7 +662,8 @@ def numpy_dataset(path, wanted, notes):
     dimensions that an array `dims` names; 1-D arrays named like time, y and x are their coordinates."""
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {path.stem: loaded}
+        name = "field" if path.stem in ("time", "y", "x") else path.stem  # those are names of dimensions
+        arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {name: loaded}
     except Exception as e:
         raise InputError(f"cannot read {path}: {reason(e)}")
     has = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())

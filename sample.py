@@ -11,7 +11,9 @@ what a setting may be, and which task, sampler or method it belongs to.
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # torch takes seconds to import: until run_main, Ctrl-C ends without a traceback
+
+    def interrupted(*_):
+        print("sample.py: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 import numpy as np
 import torch

@@ -1941,6 +1941,13 @@ def test_marks_of_no_data_are_told_by_value_and_count(value, cells):
     assert not cells or f"WARNING: {value:g}, {cells} times, far from others" in summary
 
 
+@pytest.mark.parametrize("name", ["x", "time"])
+def test_an_array_may_be_named_like_a_dimension(name, tmp_path):
+    xr.Dataset()  # or skip
+    np.save(tmp_path / f"{name}.npy", FIELD)
+    np.testing.assert_array_equal(data.open_record(tmp_path / f"{name}.npy").frames(0, len(FIELD))[0], FIELD)
+
+
 def test_fill_values_of_integers_are_no_data_where_none_is_declared(tmp_path):
     x = np.random.default_rng(0).integers(0, 100, (24, 5, 6)).astype(np.int16)
     x[3, 2, 1] = -32767
@@ -3189,6 +3196,17 @@ def test_a_checkpoint_written_meanwhile_is_not_replaced(
     with pytest.raises(data.InputError, match=message):
         learn(folder, init_from=init_from)
     assert (folder / "ckpt.pt").read_bytes() == foreign
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows when torch is being imported")
+@pytest.mark.parametrize("script", [train, sample])
+def test_an_interrupt_while_torch_is_imported_is_one_line(script):
+    command = [sys.executable, script.__file__, "--out_dir=nowhere"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate()[1] == f"{script.__name__}.py: interrupted\n" and child.returncode == 130
 
 
 LONG = {learn: "init_from=scratch max_iters=99999", drawn: "num_samples=9999 batch_size=1"}

@@ -30,6 +30,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+if __name__ == "__main__":  # torch takes seconds to import: until run_main, Ctrl-C ends without a traceback
+
+    def interrupted(*_):
+        print("train.py: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -884,6 +892,8 @@ def main(argv=None):
 
 def run_main(main):
     """Run a script: bad input ends in one line and exit code 2, a failure of the machine in one and 1."""
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.default_int_handler):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         if dist.is_initialized():
