@@ -65,7 +65,7 @@ def turns(length, pairs, device):
 
 
 def attend(q, k, v):
-    """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but for short sequences on a CPU, faster unfused."""
+    """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but on a CPU not if they are short."""
     if q.device.type == "cpu" and q.shape[-2] <= 128:
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

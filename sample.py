@@ -424,11 +424,10 @@ class Sampler:
         return y
 
     def run(self, parts, missing, rank):
-        """Draw the missing samples into parts/NNNNNN.pt."""
-        total = len(missing) * (len(self.grid) - 1) * len(self.problem.windows)
+        """Draw the missing batches, lists of samples, into parts/NNNNNN.pt."""
+        total = sum(map(len, missing)) * (len(self.grid) - 1) * len(self.problem.windows)
         with tqdm(total=total, desc="sampling", unit="step", disable=rank > 0) as bar:
-            for first in range(0, len(missing), self.c.batch_size):
-                indices = missing[first : first + self.c.batch_size]
+            for indices in missing:
                 clips = self.draw(indices, bar.update)
                 if not clips.isfinite().all():
                     raise RuntimeError("the samples are not finite: use more --steps or --clip=true")
@@ -1345,14 +1344,18 @@ def load_model(c):
 
 def draw_all(c, sampler, folder, digest, rank, world):
     """Draw what is missing, ranks of torchrun share it; rank 0 gets (clips on disk, folder of the parts),
-    others None. Every finished sample is a part on disk: an interrupted run goes on where it stopped."""
+    others None. Finished samples are parts on disk: an interrupted run goes on with the first batch that is
+    not whole."""
     parts = folder / f"parts-{fingerprint(c, digest)}"
     parts.mkdir(exist_ok=True)
-    missing = [i for i in range(c.num_samples) if not (parts / f"{i:06d}.pt").exists()]
+    numbers, size = range(c.num_samples), min(c.batch_size, math.ceil(c.num_samples / world))
+    batches = [list(numbers[i : i + size]) for i in numbers[::size]]  # whole: rounding is a batch's
+    missing = [b for b in batches if not all((parts / f"{i:06d}.pt").exists() for i in b)]
+    done = c.num_samples - sum(map(len, missing))
     if world > 1:
         torch.distributed.barrier()
-    if len(missing) < c.num_samples and rank == 0:
-        print(f"{c.num_samples - len(missing)} of {c.num_samples} samples are done already")
+    if done and rank == 0:
+        print(f"{done} of {c.num_samples} samples are done already")
     begin = time.perf_counter()
     sampler.run(parts, missing[rank::world], rank)
     if world > 1:
@@ -1361,7 +1364,8 @@ def draw_all(c, sampler, folder, digest, rank, world):
         return None, parts
     if missing:
         seconds = time.perf_counter() - begin
-        print(f"{len(missing)} clips in {seconds:.0f} s ({len(missing) / seconds:.2f} clips/s)")
+        drawn = c.num_samples - done
+        print(f"{drawn} clips in {seconds:.0f} s ({drawn / seconds:.2f} clips/s)")
     return sampler.decode(parts), parts
 
 
