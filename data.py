@@ -422,6 +422,29 @@ class Piece:
         return Piece({names.get(k, k): a for k, a in self.arrays.items()}, self.source)
 
 
+@dataclass
+class Reordered:
+    """An array (n, H, W) or (H, W) with rows and columns in another order, read when it is indexed."""
+
+    array: object
+    rows: np.ndarray
+    columns: np.ndarray
+
+    @property
+    def ndim(self):
+        return self.array.ndim
+
+    @property
+    def shape(self):
+        return (*self.array.shape[:-2], len(self.rows), len(self.columns))
+
+    def __getitem__(self, frames):
+        return np.asarray(self.array[frames])[..., self.rows[:, None], self.columns]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[...], dtype)
+
+
 @dataclass(eq=False)
 class Record:
     """Frames of C variables on one grid, read piece by piece; large arrays stay on disk.
@@ -1023,8 +1046,9 @@ def join(parts, notes):
             which = source if first.layout.dated else reference
             raise InputError(f"{which} has no dates, and other files of the folder have")
         if order is not None:
-            other = f"{source} has its rows or columns in another order than {reference}"
-            raise InputError(f"{other}: sort them alike, xarray's ds.sortby")
+            notes.append(f"{source} has its rows or columns in another order than {reference}: reordered")
+            for p in r.pieces:
+                p.arrays = {k: Reordered(a, *order) for k, a in p.arrays.items()}
         r.pieces = [p.renamed(dict(zip(r.layout.names, first.layout.names))) for p in r.pieces]
     series = {number: i for i, number in enumerate(sorted(set(numbers)))}
     member = np.concatenate([np.full(len(r), series[number]) for number, r in parts])

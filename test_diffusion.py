@@ -1472,6 +1472,16 @@ def test_files_of_a_folder_are_compared(tmp_path, what):
     assert message.format(tmp_path / "a.nc") in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_a_file_of_a_folder_with_its_rows_turned_round_is_reordered(tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(data, "MEMORY", memory)  # of 0, files stay on disk
+    dataset().isel(time=slice(0, 12)).to_netcdf(tmp_path / "a.nc")
+    dataset().isel(time=slice(12, 24), lat=slice(None, None, -1)).to_netcdf(tmp_path / "b.nc")
+    record = data.open_record(tmp_path)
+    np.testing.assert_array_equal(record.frames(0, 24)[0], FIELD[:24])
+    assert any("b.nc has its rows or columns in another order" in note for note in record.notes)
+
+
 def test_two_dimensional_coordinates_are_compared(tmp_path):
     ours = opened(tmp_path, two_d_coordinates())
     other = opened(tmp_path, two_d_coordinates().isel(y=slice(None, None, -1)), "b.nc")
