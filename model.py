@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 
-BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of bins of log-SNR, of errors and of Denoiser.kept
-
 
 @dataclass
 class Config:
@@ -473,7 +471,6 @@ class Denoiser(nn.Module):
     denoiser. Of a clip longer than those trained on the Gaussian sees the whole, the network pieces as long
     as those, and what it adds fades from one to the next over the half they share.
 
-    kept: by bin of log-SNR, how much of what the network adds is kept, set after training (train.calibrate);
     param: what F is, a key of diffusion.PARAMS; frames: the longest clips trained on; low (C, 1, 1, 1): the
     lowest value of each variable; linear_skip False: the network alone; dtype: of autocast; valid (C, 1, H,
     W): 0 where a cell never has data, where nothing is added.
@@ -486,7 +483,6 @@ class Denoiser(nn.Module):
         self.network, self.gaussian, self.param, self.frames = network, gaussian, param, frames
         self.linear_skip, self.dtype = linear_skip, dtype
         self.register_buffer("low", low, persistent=False)
-        self.register_buffer("kept", torch.ones(len(BINS) + 1), persistent=False)
         self.register_buffer("valid", torch.ones(()) if valid is None else valid, persistent=False)
 
     def _apply(self, fn, recurse=True):  # .to(device) takes the Gaussian along
@@ -511,10 +507,7 @@ class Denoiser(nn.Module):
         seen = [(x_hat - law.mean) / law.spread(logsnr), above] + ([] if cond is None else [cond])
         with self.autocast(z):
             added = self.valid * self.network(eps_hat, logsnr, torch.cat(seen, 1)).float()
-        at = ((logsnr - BINS[0]) / 2 + 0.5).clamp(0, len(BINS))  # between the middles of the bins
-        low = at.floor().long().clamp(max=len(BINS) - 1)
-        kept = diffusion.expand(torch.lerp(self.kept[low], self.kept[low + 1], (at - low).float()), z)
-        return a * x_hat + b * eps_hat, law.scaled(added, kept * law.envelope(logsnr))
+        return a * x_hat + b * eps_hat, law.scaled(added, law.envelope(logsnr))
 
     def forward(self, z, logsnr, cond=None):
         """F of z (B, C, T, H, W), logsnr (B,), cond (B, K, T, H, W) or None; like z, float32."""

@@ -49,7 +49,7 @@ from tqdm import tqdm
 import data
 import diffusion
 from data import InputError
-from model import BINS, VAE, Config, Denoiser, DiT, LatentCodec, UNet
+from model import VAE, Config, Denoiser, DiT, LatentCodec, UNet
 
 try:
     import fcntl
@@ -119,6 +119,7 @@ checkpoint_activations = False  # compute them again in the backward pass: less 
 AUGMENT = (-2.0, 10.0)  # log-SNRs to which the block means that an upsampler is told are noised
 BOUND_STEPS = 1000  # steps T of the discrete bound that eval_only prints
 FORMAT = 11  # of checkpoints
+BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of bins of log-SNR in log.jsonl
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 # ------------------------------------------------------------------------------------------------------------
@@ -382,8 +383,6 @@ class Model:
         gaussian = diffusion.Gaussian(**checkpoint["gaussian"])
         network.load_state_dict(checkpoint[weights])
         denoiser = make_denoiser(network, gaussian, codec, settings, dtype)
-        if weights == "ema":
-            denoiser.kept.copy_(checkpoint["kept"])
         parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions.load(checkpoint["conditions"])
         return cls(denoiser, *parts, checkpoint["extent"], settings)
 
@@ -571,25 +570,6 @@ def means(results, network):
 
 
 @torch.no_grad()
-def calibrate(run):
-    """Set how much of what the averaged network adds is kept at each log-SNR: the slope of the truth on it,
-    over held-out clips, between 0 and 1. So an estimate is no worse there than that of the Gaussian law
-    alone."""
-    sums = torch.zeros(2, len(run.ema.kept), device=run.device)
-    run.ema.kept.fill_(1.0)
-    for i in range(4 * run.c.eval_iters):
-        batch = run.held_out[run.c.seed + 1, 1, i].to(run.device)
-        z = diffusion.diffuse(batch.x, batch.logsnr, batch.eps)
-        linear, added = run.ema.parts(z, batch.logsnr.to(z), batch.cond)
-        a, b = diffusion.PARAMS[run.c.param](*diffusion.scales(batch.logsnr, z))
-        left = a * batch.x + b * batch.eps - linear
-        mask = torch.ones_like(z) if batch.mask is None else batch.mask
-        parts = torch.stack([(mask * left * added).flatten(1).sum(1), (mask * added**2).flatten(1).sum(1)])
-        sums.index_add_(1, torch.bucketize(batch.logsnr, torch.tensor(BINS)).to(run.device), parts)
-    run.ema.kept.copy_(torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1e-30), 1.0).clamp(0, 1))
-
-
-@torch.no_grad()
 def evaluate(run):
     """Of the averaged weights on held-out clips with fixed times and noise: (mean loss, v-error by bin)."""
     batches = (run.held_out[run.c.seed + 1, 0, i].to(run.device) for i in range(run.c.eval_iters))
@@ -710,7 +690,6 @@ def start(c, given, rules):
     if checkpoint:
         run.step, run.digest = checkpoint["step"], checkpoint["digest"]
         run.ema.network.load_state_dict(checkpoint["ema"])
-        run.ema.kept.copy_(checkpoint["kept"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         for p, moments in run.optimizer.state.items():  # a fused optimiser pairs entries by place in memory
             same = {k: v for k, v in moments.items() if v.shape == p.shape}
@@ -729,7 +708,6 @@ def save(run):
         raise RuntimeError(f"weights not finite at step {run.step}, nothing is saved: lower --learning_rate")
     checkpoint = {"format": FORMAT, **run.model.state(), "step": run.step}
     checkpoint |= {"model": run.model.denoiser.network.state_dict(), "ema": run.ema.network.state_dict()}
-    checkpoint["kept"] = run.ema.kept
     checkpoint["optimizer"] = run.optimizer.state_dict()
     path = run.log.with_name("ckpt.pt")
     with data.replacing(path) as f:
@@ -822,14 +800,8 @@ def train_until_done(run, received):
                 line |= {"grad_norm": round(norm.item(), 4), "clips_per_s": round(speed, 2)}
                 line |= {"skipped": int(skipped), "bins": bins}
                 if due and not stop:
-                    if c.linear_skip and c.network != "vae":
-                        calibrate(run)
                     line["val_loss"], line["val_bins"] = evaluate(run)
-                    line["kept"] = [round(share, 3) for share in run.ema.kept.tolist()]
-                    kept = f"{min(line['kept']):.0%} to {max(line['kept']):.0%} of the network's part kept"
-                    bar.write(
-                        f"step {run.step}: loss {loss:.4f}, held-out loss {line['val_loss']:.4f}, {kept}"
-                    )
+                    bar.write(f"step {run.step}: loss {loss:.4f}, held-out loss {line['val_loss']:.4f}")
                 with open(run.log, "a") as f:
                     f.write(json.dumps(line) + "\n")
                 if due:
