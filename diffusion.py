@@ -29,6 +29,11 @@ def expand(a, x):
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
+def like(a, x):
+    """A small tensor `a` in the dtype of x and on its device, for which the host does not wait."""
+    return a.to(x, non_blocking=True)
+
+
 def alpha_sigma(logsnr):
     """alpha and sigma of the variance-preserving process, any shape, accurate for |logsnr| up to 80."""
     return (0.5 * logsigmoid(logsnr)).exp(), (0.5 * logsigmoid(-logsnr)).exp()
@@ -36,7 +41,7 @@ def alpha_sigma(logsnr):
 
 def scales(logsnr, z):
     """alpha and sigma of each sample, shaped, placed and typed to multiply z."""
-    return tuple(expand(a, z).to(z) for a in alpha_sigma(logsnr))
+    return tuple(like(expand(a, z), z) for a in alpha_sigma(logsnr))
 
 
 def diffuse(x, logsnr, eps):
@@ -390,12 +395,12 @@ def training_loss(F, x, eps, logsnr, param="v", weighting="v", log_p=None, mask=
     """
     alpha, sigma = alpha_sigma(logsnr)
     a, b = PARAMS[param](alpha, sigma)
-    target = expand(a, x).to(x) * x + expand(b, x).to(x) * eps
+    target = like(expand(a, x), x) * x + like(expand(b, x), x) * eps
     count = x[0].numel() if mask is None else masked_sum(mask, None).clamp(min=1)
     error = masked_sum((F - target) ** 2, mask) / count
     log_factor = -2 * (alpha * b - sigma * a).abs().log()  # |error of v|^2 / |error of F|^2
     weight = (WEIGHTINGS[weighting](logsnr, log_p) + log_factor).exp()
-    return weight.to(error) * error, log_factor.exp().to(error) * error.detach()
+    return like(weight, error) * error, like(log_factor.exp(), error) * error.detach()
 
 
 def average_targets(x, eps, logsnr):
@@ -409,9 +414,9 @@ def average_targets(x, eps, logsnr):
     z, clips = diffuse(x, logsnr, eps).flatten(1), x.flatten(1)
     # -|z_i - alpha_i x_j|^2 / 2 sigma_i^2 + c_i
     log_p = a / b**2 * (z @ clips.T - a / 2 * torch.linalg.vecdot(clips, clips))
-    others = log_p.softmax(1) - torch.eye(len(x)).to(x)
+    others = log_p.softmax(1) - torch.eye(len(x), dtype=x.dtype, device=x.device)
     shift = others @ clips  # x_i itself is not multiplied: TF32 would round it
-    clear = logsnr.to(x)[:, None] > 6  # alpha / sigma would magnify rounding errors
+    clear = like(logsnr, x)[:, None] > 6  # alpha / sigma would magnify rounding errors
     shift = torch.where(clear, 0, shift).view_as(x)
     return x + shift, eps - alpha / sigma * shift
 

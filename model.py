@@ -531,5 +531,5 @@ class Denoiser(nn.Module):
 
     def denoise(self, z, logsnr, cond=None):
         """x_hat, the estimate of E[x | z], in z's dtype."""
-        logsnr = logsnr.to(z)
+        logsnr = diffusion.like(logsnr, z)
         return diffusion.to_x(self(z, logsnr, cond).to(z), z, logsnr, self.param)

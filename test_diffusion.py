@@ -21,7 +21,7 @@ import sys
 import time
 import tracemalloc
 import warnings
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -3086,6 +3087,61 @@ def test_weights_that_are_not_finite_are_not_saved(workplace, tmp_path, monkeypa
     assert checkpoint_of(tmp_path)["step"] == 2
 
 
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers that are read, sizes that depend on data."""
+
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        reads = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        Waits.count += f in reads
+        return f(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(workplace, tmp_path, monkeypatch):
+    step, seen = train.train_step, []
+
+    def watched(run, denoiser, batches, results):
+        batch, Waits.count = next(batches), 0
+        with Waits(), monkeypatch.context() as m:
+            for name in ("cpu", "numpy", "tolist"):
+                m.setattr(torch.Tensor, name, lambda *a, **k: pytest.fail("a tensor leaves its device"))
+            out = step(run, denoiser, iter([batch]), results)
+        seen.append(Waits.count)
+        return out
+
+    monkeypatch.setattr(train, "train_step", watched)
+    learn(tmp_path, "max_iters=3 log_interval=3")
+    assert seen == [0, 0, 0]
+
+
+@slow
+def test_nothing_is_compiled_again(workplace, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    seen, save, draw = [], train.save, sample.Sampler.draw
+
+    def count(f):
+        def counted(*args):
+            out = f(*args)
+            seen.append(counters["stats"]["unique_graphs"])
+            return out
+
+        return counted
+
+    torch._dynamo.reset()
+    counters.clear()
+    eager = partialmethod(model.Network.compile_blocks, backend="eager")
+    monkeypatch.setattr(model.Network, "compile_blocks", eager)
+    monkeypatch.setattr(train, "save", count(save))
+    monkeypatch.setattr(sample.Sampler, "draw", count(draw))
+    learn(tmp_path, "max_iters=4 eval_interval=1 compile=true")
+    trained, seen[:] = seen.copy(), []
+    drawn(tmp_path, "num_samples=6 batch_size=2 compile=true")
+    assert len(trained) == 4 and trained[0] == trained[-1] > 0
+    assert len(seen) == 3 and seen[0] == seen[-1] and not counters["graph_break"]
+
+
 def test_batches_depend_on_seed_step_and_micro_alone(trained):
     stream, folder = (0, 3, 1), trained("dataset=gaps.npy")
     clips = clips_of(folder)
@@ -3750,6 +3806,48 @@ def test_bench(shape, config, batch):
         if name.startswith("ours"):
             share = f"{(3 if 'training' in name else 1) * flops * rate / peak:8.1%} of the peak"
         print(f"  {name:<16}{rate:>10.3f} clips/s{share}")
+
+
+GROWTH = {  # H, W, frames: settings of train.py
+    (32, 32, 8): "batch_size=32",
+    (64, 64, 8): "batch_size=8",
+    (128, 128, 8): "batch_size=2",
+    (256, 256, 8): "batch_size=1 mults=1,2,2",
+    (721, 1440, 8): "batch_size=1 patch=16",
+    (32, 32, 16): "batch_size=16",
+    (32, 32, 32): "batch_size=8",
+}
+
+
+@slow
+def test_growth(tmp_path, capsys):
+    """What a clip of a larger grid costs: speed, memory, and the time until the first step."""
+    with capsys.disabled():
+        print(f"\n{'H x W x frames':<18}{'clips/s':>9}{'M cells/s':>11}{'GB':>7}{'s to start':>12}  settings")
+    costs = {}
+    for (H, W, frames), settings in GROWTH.items():
+        x = np.random.default_rng(0).standard_normal((max(60, 10 * frames), H, W), np.float32)
+        np.save(tmp_path / "x.npy", x)
+        plan = f"dataset={tmp_path}/x.npy out_dir={tmp_path}/out frames={frames} init_from=scratch"
+        plan += f" max_iters=5 log_interval=1 eval_iters=1 {settings}"
+        begin = time.time()
+        run = subprocess.Popen(
+            [sys.executable, train.__file__, *line(parse(plan))], stdout=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(run.pid, 0)
+        assert status == 0
+        log = [json.loads(text) for text in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+        rate, batch = max(entry["clips_per_s"] for entry in log), int(parse(settings)["batch_size"])
+        written = os.stat(tmp_path / "out/log.jsonl").st_mtime  # of the last step, and an evaluation
+        start = written - begin - sum(batch / entry["clips_per_s"] for entry in log)
+        costs[H, W, frames] = 1 / (rate * H * W * frames)
+        with capsys.disabled():
+            cells, memory = rate * H * W * frames / 1e6, usage.ru_maxrss / 1e6
+            print(
+                f"{f'{H} x {W} x {frames}':<18}{rate:>9.3f}{cells:>11.3f}{memory:>7.2f}{start:>12.1f}  {settings}"
+            )
+        assert start < 30 and memory < 3
+    assert costs[256, 256, 8] < 1.5 * costs[32, 32, 8]
 
 
 @slow

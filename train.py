@@ -541,7 +541,7 @@ def loss_of(denoiser, batch, model, averaging=False):
     z = diffusion.diffuse(x, batch.logsnr, eps)
     if averaging and batch.mask is None and batch.cond is None:  # clips that differ in nothing but x
         x, eps = diffusion.average_targets(x, eps, batch.logsnr)
-    F = denoiser(z, batch.logsnr.to(z), batch.cond)
+    F = denoiser(z, diffusion.like(batch.logsnr, z), batch.cond)
     return diffusion.training_loss(F, x, eps, batch.logsnr, s.param, weighting, log_p, batch.mask)
 
 

@@ -2,7 +2,7 @@
 
     python docs/compare.py mechanisms --train=--size=16 --minutes=4 --jobs=2    # what each part does
     python docs/compare.py dissertation                                         # the dissertation's recipes
-    python docs/compare.py samplers                                             # one network, several samplers
+    python docs/compare.py samplers                                             # one network, many samplers
     python docs/compare.py networks --minutes=15                                # U-Net and transformer
 
 Run from the repository's root, with nothing else running. Everything goes to out-compare/, a folder a row and
