@@ -12,6 +12,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -204,6 +205,27 @@ def generate(path, kind, size, seed):
         temporary.unlink(missing_ok=True)
 
 
+@dataclass
+class Weather:
+    """What a coarse model would know of `climate`: means of its latent field over 8 x 8 cells, as an array
+    (N, size, size) read frame by frame."""
+
+    size: int
+    seed: int
+    ndim = 3
+
+    @property
+    def shape(self):
+        return (SEASONS * SEASON_HOURS, self.size, self.size)
+
+    @cached_property
+    def means(self):
+        return builtin("gaussian", self.size, self.seed).coarsened(8)
+
+    def __getitem__(self, i):
+        return self.means.frames(i, i + 1)[0, 0].repeat(8, 0).repeat(8, 1)
+
+
 def builtin(kind, size, seed, folder="data"):
     """The Record of `climate` (rain, mm/h) or `gaussian` (its latent field), made once and memory-mapped."""
     path = Path(folder) / f"{kind}_{size}_seed{seed}.npy"
@@ -217,6 +239,8 @@ def builtin(kind, size, seed, folder="data"):
     if kind == "climate":
         name, attrs = "rain", {"units": "mm h-1", "long_name": "rain rate"}
     extras = {"orography": orography(size), "season": np.repeat(np.arange(SEASONS) % 4, SEASON_HOURS)}
+    if kind == "climate" and size % 8 == 0:
+        extras["weather"] = Weather(size, seed)
     layout = Layout([name], [attrs], coords=coords, calendar="360_day")
     return Record(layout, [Piece({name: array})], hours, extras, SEASON_HOURS)
 

@@ -1079,6 +1079,18 @@ def test_builtin_is_the_same_for_the_same_seed(monkeypatch, tmp_path):
 LEVELS = np.array([0.5, 0.9, 0.99, 0.999, 0.9999])
 
 
+def test_weather_is_what_the_rain_was_made_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "SEASONS", 20)
+    monkeypatch.setattr(data, "SEASON_HOURS", 3)
+    monkeypatch.chdir(tmp_path)
+    rain, z = data.builtin("climate", 16, 0), data.builtin("gaussian", 16, 0).frames(0, 60)[0]
+    means, weather = z.reshape(60, 2, 8, 2, 8).mean((2, 4)), rain.extras["weather"]
+    np.testing.assert_allclose(weather[7][::8, ::8], means[7], rtol=1e-5)
+    c = torch.from_numpy(data.threshold(rain.extras["season"]))[:, None, None]
+    expected = data.rain(torch.from_numpy(z), c).numpy()  # of a field rounded to float16
+    np.testing.assert_allclose(rain.frames(0, 60)[0], expected, rtol=0.02, atol=0.01)
+
+
 def test_exact_moments_and_quantiles_of_the_rain():
     law, q = data.rain_law(8, 6, LEVELS, 0.01), 400 * np.linspace(0, 1, 8001) ** 3
     survival = 1 - data.rain_cdf(q, 8).mean((1, 2))
