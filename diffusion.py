@@ -295,7 +295,7 @@ class Gaussian:
         angle_t, angle_s = (torch.asinh(w.sqrt() * (l / 2).exp()) for l in (t, s))
         return (S_s / S_t).sqrt(), (S_s / w).sqrt() * (angle_s - angle_t)
 
-    @lru_cache
+    @lru_cache(16)
     def frames(self, T):
         """The law of clips of T frames: the autocovariance of every pattern in space is cut or goes on."""
         T0 = self.variances.shape[1]
