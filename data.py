@@ -188,7 +188,8 @@ def generate(path, kind, size, seed):
 
     c = torch.from_numpy(threshold(np.arange(SEASONS))).float()[:, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    remove_stale(path.parent)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         out = reserved(temporary, (SEASONS, SEASON_HOURS, size, size), np.float16)
         z = S.sqrt() * noise()
@@ -1680,8 +1681,26 @@ def replacing(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # the new name is on disk, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as e:
+        raise OSError(f"{path} cannot be written: {e.strerror or e}")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder):
+    """Delete what processes that are dead left half written, .PID.name."""
+    for path in folder.iterdir() if os.name == "posix" else ():
+        pid = re.match(r"\.(\d{1,9})\.", path.name)
+        try:
+            os.kill(int(pid[1]) if pid else os.getpid(), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except PermissionError:  # it lives, and is another user's
+            pass
 
 
 def reserved(path, shape, dtype):

@@ -657,7 +657,7 @@ class Observation:
         return x + self.lift(self.y - self.A(x))
 
 
-def conjugate_gradients(S, b, precondition, steps=128, tolerance=1e-10):
+def conjugate_gradients(S, b, precondition, steps=512, tolerance=1e-10):
     """u with S u = b for every sample of b (B, ...); S and precondition, about its inverse, are positive.
 
     A sample is left alone once r' precondition(r), r its residual, is below tolerance times that at the

@@ -492,6 +492,12 @@ class Denoiser(nn.Module):
     def autocast(self, z):
         return torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def linear(self, z, logsnr, cond=None):
+        """F of the Gaussian law alone, like z; cond is not used."""
+        a, b = diffusion.PARAMS[self.param](*diffusion.scales(logsnr, z))
+        x_hat, eps_hat = self.gaussian.frames(z.shape[2]).estimates(z, logsnr)
+        return a * x_hat + b * eps_hat
+
     def parts(self, z, logsnr, cond):
         """F of the Gaussian and what the network adds, both float32. z of at most `frames` frames.
 
@@ -517,8 +523,6 @@ class Denoiser(nn.Module):
         T, n = z.shape[2], self.frames
         if T <= n:
             return sum(self.parts(z, logsnr, cond))
-        a, b = diffusion.PARAMS[self.param](*diffusion.scales(logsnr, z))
-        x_hat, eps_hat = self.gaussian.frames(T).estimates(z, logsnr)
         added, weight = torch.zeros_like(z), z.new_zeros(T, 1, 1)
         t = torch.arange(n, device=z.device)
         share = (2.0 * torch.minimum(t, n - 1 - t) + 1)[:, None, None]  # (n, 1, 1)
@@ -527,7 +531,7 @@ class Denoiser(nn.Module):
             told = None if cond is None else cond[:, :, piece]
             added[:, :, piece] += share * self.parts(z[:, :, piece], logsnr, told)[1]
             weight[piece] += share
-        return a * x_hat + b * eps_hat + added / weight
+        return self.linear(z, logsnr) + added / weight
 
     def denoise(self, z, logsnr, cond=None):
         """x_hat, the estimate of E[x | z], in z's dtype."""

@@ -603,6 +603,20 @@ def test_conjugate_gradients_solve_each_sample_by_itself():
     assert torch.equal(together[:1], solve([0])) and together[1].abs().max() == 0
 
 
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_scattered_cells_shift_the_estimate_exactly_in_any_batch(share):
+    exact = field_law(4, 8)
+    law, x = exact.map(torch.Tensor.float), draws(exact, 8).float()
+    known = D.Observation(x, (uniform(*x.shape, seed=3) < share).float())
+    known.y = known.A(x)
+    shift = law.shift(known, law.mean.expand(x.shape), law.variances[None], D.NEARLY)  # the worst condition
+    first = D.Observation(known.y[:1], known.mask[:1])
+    alone = law.shift(first, law.mean.expand(1, *x.shape[1:]), law.variances[None], D.NEARLY)
+    close(shift[:1], alone, rtol=0, atol=1e-4)
+    mean, _ = conditional(exact, D.Observation(first.y.double(), first.mask.double()), D.NEARLY)
+    close(shift[0].flatten().double(), mean, rtol=0, atol=1e-4)
+
+
 METHODS = {
     "imputation": lambda law, known: D.imputation(law.denoise, known),
     "guidance": lambda law, known: D.reconstruction_guidance(law.denoise, known, 3.0),
@@ -3154,6 +3168,24 @@ def test_nothing_is_compiled_again(workplace, tmp_path, monkeypatch):
     assert len(seen) == 3 and seen[0] == seen[-1] and not counters["graph_break"]
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_a_run(workplace, tmp_path, monkeypatch):
+    losses = iter([(1.0, {}, None), (math.inf, {"0..2": math.nan}, None)])
+    monkeypatch.setattr(train, "evaluate", lambda run: next(losses))
+    with pytest.raises(RuntimeError, match="held-out loss not finite at step 4, nothing is saved"):
+        learn(tmp_path, "max_iters=6 eval_interval=2")
+    assert checkpoint_of(tmp_path)["step"] == 2
+
+
+def test_what_dead_processes_left_is_removed_and_no_more(own):
+    folder, dead = own(), os.fork() or os._exit(0)
+    os.waitpid(dead, 0)
+    left, living = folder / f".{dead}.ckpt.pt", folder / f".{os.getpid()}.log.jsonl"
+    for path in (left, living):
+        path.write_text("half")
+    with train.locked(folder):
+        assert living.exists() and not left.exists() and (folder / "ckpt.pt").exists()
+
+
 def test_batches_depend_on_seed_step_and_micro_alone(trained):
     stream, folder = (0, 3, 1), trained("dataset=gaps.npy")
     clips = clips_of(folder)
@@ -3564,7 +3596,13 @@ def wrecks(trained, workplace):
             (workplace / name / "ckpt.pt").write_bytes(content)
         shrunk = checkpoint_of(trained("dataset=told.npz variables=walk"))
         shrunk["settings"]["dataset"] = "fewer.npz"
-        foreign = {"format": {"format": 99}, "evil": {"format": Foreign()}}
+        foreign = {
+            "format": {"format": 99},
+            "evil": {"format": Foreign()},
+            "hollow": {"format": train.FORMAT},
+        }
+        alien = checkpoint_of(trained())
+        foreign["alien"] = alien | {"settings": alien["settings"] | {"network": "gan"}}
         for name, content in (foreign | {"shrunk": shrunk}).items():
             (workplace / name).mkdir()
             torch.save(content, workplace / name / "ckpt.pt")
@@ -3576,6 +3614,9 @@ BAD = """
 train bogus=1: unrecognized
 train max_iters=ten: invalid int
 train learning_rate=nan: not a finite number
+train batch_size=--: not a finite number
+train blocks=10000: must be <= 64
+train patch=1000000: must be <= 64
 train max_iters=100000000000000000000: of usual size
 train eval_only=maybe: true or false
 train param=w: not one of v, eps, x, score
@@ -3606,6 +3647,8 @@ sample out_dir=cut: not a checkpoint that can be read
 sample out_dir=evil: not a checkpoint that can be read (UnpicklingError)
 sample out_dir=flip: the one before it is flip/ckpt.prev.pt
 sample out_dir=format: format 99, this program reads
+sample out_dir=hollow: it has no layout, codec
+sample out_dir=alien: does not fit this program
 sample out_dir=shrunk task=forecast: no longer holds the 60 frames
 sample task=paint: not one of generate
 sample noise_until=1 sampler=ddim: belongs to --sampler=auto or dpmpp_sde
@@ -3854,11 +3897,10 @@ def test_growth(tmp_path, capsys):
         start = written - begin - sum(batch / entry["clips_per_s"] for entry in log)
         costs[H, W, frames] = 1 / (rate * H * W * frames)
         with capsys.disabled():
-            cells, memory = rate * H * W * frames / 1e6, usage.ru_maxrss / 1e6
-            print(
-                f"{f'{H} x {W} x {frames}':<18}{rate:>9.3f}{cells:>11.3f}{memory:>7.2f}{start:>12.1f}  {settings}"
-            )
-        assert start < 30 and memory < 3
+            name, cells = data.by((H, W, frames)), rate * H * W * frames / 1e6
+            numbers = f"{rate:>9.3f}{cells:>11.3f}{usage.ru_maxrss / 1e6:>7.2f}{start:>12.1f}"
+            print(f"{name:<18}{numbers}  {settings}")
+        assert start < 30 and usage.ru_maxrss < 3e6
     assert costs[256, 256, 8] < 1.5 * costs[32, 32, 8]
 
 

@@ -78,9 +78,9 @@ vae = ""  # out_dir of a run with --network=vae in whose latents to train; empty
 latents = 4  # numbers that a patch of a frame is compressed to [>= 1, fixed, network=vae]
 width = 64  # channels at the first level, a multiple of 16 [>= 16, fixed]
 mults = "1,2"  # channels of a level / width; every further level halves the resolution [fixed]
-blocks = 1  # residual blocks per level [>= 1, fixed]
-patch = 4  # cells of a patch become channels at the input; 1 with --vae [>= 1, fixed]
-time_patch = 1  # frames of a patch [>= 1, fixed, network=dit]
+blocks = 1  # residual blocks per level [>= 1, <= 64, fixed]
+patch = 4  # cells of a patch become channels at the input; 1 with --vae [>= 1, <= 64, fixed]
+time_patch = 1  # frames of a patch [>= 1, <= 64, fixed, network=dit]
 wrap_x = "auto"  # periodic longitude; auto: from the coordinates [auto | true | false, fixed]
 # diffusion
 param = "v"  # what the network predicts: v, eps, x or score [fixed]
@@ -103,7 +103,7 @@ grad_clip = 1.0  # gradient norm is clipped to this; 0 is off [>= 0]
 ema_decay = 0.995  # of the averaged weights that are evaluated and sampled [>= 0, < 1]
 # evaluation and logging
 eval_interval = 600  # steps between evaluations on held-out clips and checkpoints [>= 1]
-eval_iters = 4  # held-out batches per evaluation [>= 1]
+eval_iters = 4  # held-out batches per evaluation [>= 1, <= 100000]
 eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
 ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only prints; 0 leaves it out [>= 0]
 ode_clips = 8  # held-out clips of the exact likelihood [>= 1]
@@ -119,6 +119,8 @@ checkpoint_activations = False  # compute them again in the backward pass: less 
 AUGMENT = (-2.0, 10.0)  # log-SNRs to which the block means that an upsampler is told are noised
 BOUND_STEPS = 1000  # steps T of the discrete bound that eval_only prints
 FORMAT = 11  # of checkpoints
+KEYS = ("layout", "codec", "conditions", "config", "gaussian", "extent", "settings", "step")  # of one, and
+KEYS += ("model", "ema", "optimizer")
 BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of bins of log-SNR in log.jsonl
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -173,7 +175,7 @@ def configure(script, argv=None):
     c = SimpleNamespace(**{name: default for name, default, _, _ in settings} | given)
     for name, _, _, rules in settings:
         value = getattr(c, name)
-        usual = isinstance(value, str) or abs(value) < 1e15
+        usual = isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < 1e15)
         require(usual, f"--{name}={value} is not a finite number of usual size")
         for rule in rules:
             sign, _, bound = rule.partition(" ")
@@ -266,6 +268,7 @@ def locked(folder):
         except OSError as e:  # of another kind: a file system without locks
             text = f"another process is writing to {folder}: wait for it, or use another --out_dir"
             require(not isinstance(e, BlockingIOError), text)
+        data.remove_stale(folder)
         yield folder
 
 
@@ -284,6 +287,8 @@ def load_checkpoint(path, setting="--out_dir"):
     except Exception as e:
         raise InputError(f"{path} is not a checkpoint that can be read ({type(e).__name__}){hint}")
     require(version == FORMAT, f"{path} has format {version}, this program reads {FORMAT}: train anew")
+    lacking = [key for key in KEYS if key not in checkpoint]
+    require(not lacking, f"{path} is not a whole checkpoint, it has no {', '.join(lacking)}{hint}")
     return checkpoint | {"digest": hashlib.sha256(content).hexdigest()}
 
 
@@ -298,7 +303,7 @@ def check_folder(c, digest=None):
 
 def keep_log(path, step):
     """Leave the lines of log.jsonl up to step: what a lost future wrote is written again."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(errors="replace") if path.exists() else ""
     lines = re.findall(r'(?m)^(\{"iter": (\d+),.*\n)', text)  # one torn by a crash has no end
     with data.replacing(path) as f:
         f.write("".join(line for line, i in lines if int(i) <= step).encode())
@@ -375,7 +380,16 @@ class Model:
 
     @classmethod
     def load(cls, checkpoint, dtype=torch.float32, weights="ema"):
-        """The model of a checkpoint with its averaged weights or, weights="model", those of its last step."""
+        """The model of a checkpoint with its averaged weights or, weights="model", those of its last step.
+        Raises InputError where it does not fit this program."""
+        try:
+            return cls.build(checkpoint, dtype, weights)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            text = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise InputError(f"the checkpoint does not fit this program ({text}): train anew")
+
+    @classmethod
+    def build(cls, checkpoint, dtype, weights):
         settings, codec = SimpleNamespace(**checkpoint["settings"]), data.Codec.load(checkpoint["codec"])
         if "latents" in checkpoint["codec"]:
             codec = LatentCodec.load(codec, checkpoint["codec"])
@@ -571,9 +585,28 @@ def means(results, network):
 
 @torch.no_grad()
 def evaluate(run):
-    """Of the averaged weights on held-out clips with fixed times and noise: (mean loss, v-error by bin)."""
-    batches = (run.held_out[run.c.seed + 1, 0, i].to(run.device) for i in range(run.c.eval_iters))
-    return means([(*loss_of(run.ema, b, run.model), b.logsnr) for b in batches], run.c.network)
+    """Of the averaged weights on held-out clips with fixed times and noise: (mean loss, v-error by bin, those
+    of the Gaussian law alone, None for an autoencoder)."""
+    ours, alone = [], []
+    for i in range(run.c.eval_iters):
+        batch = run.held_out[run.c.seed + 1, 0, i].to(run.device)
+        ours.append((*loss_of(run.ema, batch, run.model), batch.logsnr))
+        if run.c.network != "vae":
+            alone.append((*loss_of(run.ema.linear, batch, run.model), batch.logsnr))
+    return *means(ours, run.c.network), means(alone, run.c.network)[1] if alone else None
+
+
+def verdict(bins, alone):
+    """In words, where a network's held-out v-error by bin is above that of the Gaussian law alone."""
+    ratios = {k: v / alone[k] for k, v in bins.items()}
+    worse = [f"{k} ({r:.2f} times)" for k, r in ratios.items() if r > 1]
+    total = sum(bins.values()) / sum(alone.values())
+    where = (
+        f"above it at log-SNR {', '.join(worse)}: fewer --max_iters or more data"
+        if worse
+        else "nowhere above"
+    )
+    return f"v-error {total:.2f} of the Gaussian law's, {where}"
 
 
 @torch.no_grad()
@@ -584,7 +617,7 @@ def print_likelihoods(run):
     one Hutchinson probe each. 'physical' rows include the change of variables of the transform.
     """
     c, rows, lo, hi = run.c, {}, run.c.logsnr_min, run.c.logsnr_max
-    loss, bins = evaluate(run)
+    loss, bins, _ = evaluate(run)
     if c.network == "vae":
         return print(f"step {run.step}: held-out -ELBO {loss:.5f} nats per entry: {bins}")
     print(f"step {run.step}: held-out loss {loss:.5f}; squared v-error per bin of log-SNR: {bins}")
@@ -800,10 +833,15 @@ def train_until_done(run, received):
                 line |= {"grad_norm": round(norm.item(), 4), "clips_per_s": round(speed, 2)}
                 line |= {"skipped": int(skipped), "bins": bins}
                 if due and not stop:
-                    line["val_loss"], line["val_bins"] = evaluate(run)
-                    bar.write(f"step {run.step}: loss {loss:.4f}, held-out loss {line['val_loss']:.4f}")
+                    line["val_loss"], line["val_bins"], line["gaussian_bins"] = evaluate(run)
+                    what = f"held-out loss not finite at step {run.step}, nothing is saved: lower --learning_rate"
+                    if not math.isfinite(line["val_loss"]):
+                        raise RuntimeError(what)
+                    text = f"step {run.step}: loss {loss:.4f}, held-out loss {line['val_loss']:.4f}"
+                    against = (line["val_bins"], line["gaussian_bins"])
+                    bar.write(text + (f", {verdict(*against)}" if against[1] else ""))
                 with open(run.log, "a") as f:
-                    f.write(json.dumps(line) + "\n")
+                    f.write(re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(line)) + "\n")
                 if due:
                     save(run)
             results, skipped, clock = [], 0 * skipped, time.perf_counter()
