@@ -380,7 +380,7 @@ class Sampler:
             told = None if problem.told is None else problem.told[[0, -1]].to(self.device)
             self.ends = encode(partial(model.denoiser.denoise, cond=told), ends, grid)
 
-    def start(self, denoise, like, indices, rows, noise):
+    def start(self, denoise, like, indices, rows, window, noise):
         """z (B, C, T, H, W) at the first level of samples `indices` of conditions `rows`."""
         if self.c.task == "morph":
             last = self.c.num_samples - 1
@@ -388,15 +388,16 @@ class Sampler:
         if self.c.task == "encode":
             return encode(denoise, self.x[rows].to(like), self.grid)
         level = self.grid[:1].expand(len(rows))
-        x = self.x[rows].to(like) if self.c.task == "edit" else denoise(torch.zeros_like(like), level)
+        edit = self.c.task == "edit"
+        x = self.x[rows][:, :, window].to(like) if edit else denoise(torch.zeros_like(like), level)
         return diffusion.diffuse(x, level, noise(x))
 
-    def chain(self, denoise, known, indices, rows, noise, advance):
+    def chain(self, denoise, known, indices, rows, window, noise, advance):
         """One window, from the first level to a clean field that agrees with what is known."""
         like = known.lift(known.y)
         law = self.law or self.model.denoiser.gaussian.frames(like.shape[2])
         step = make_step(self.c, law, bool(known.mask.any()))
-        z = self.start(denoise, like, indices, rows, noise)
+        z = self.start(denoise, like, indices, rows, window, noise)
         for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
             advance(len(indices))
         return z
@@ -408,7 +409,7 @@ class Sampler:
         if self.law:
             zero = torch.zeros(len(rows), *self.law.variances.shape, device=device)
             nothing = diffusion.Observation(zero, zero)
-            return self.chain(self.law.denoise, nothing, indices, rows, noise, advance)
+            return self.chain(self.law.denoise, nothing, indices, rows, None, noise, advance)
         valid = self.model.codec.valid.to(device)
         y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
         for window, keep in problem.windows:
@@ -417,7 +418,7 @@ class Sampler:
             )
             told = None if problem.told is None else problem.told[rows][:, :, window].to(device)
             denoise = make_denoiser(self.c, self.model, known, told)
-            z = self.chain(denoise, known, indices, rows, noise, advance)
+            z = self.chain(denoise, known, indices, rows, window, noise, advance)
             if problem.factor > 1:
                 return z
             y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
@@ -593,14 +594,14 @@ def bootstrap(samples, truth, sums, groups=None, paired=False):
     blocks drawn with replacement; none of fewer than FEWEST_BLOCKS blocks.
 
     sums: clips -> {name: sum}. Samples are independent, or `groups` runs of them are: a sequence cut in
-    pieces, the members of one condition. Held-out clips are not: see `few`. paired: group i was made of, or
-    for, truth[i], and the two are drawn together. Of n blocks n - 1 are drawn, which gives means their
+    pieces, the members of one condition. Held-out clips are not: see `few`. paired: of the truth, too, there
+    are `groups` runs; group i was made of, or for, the i-th, and the two are drawn together. Of n blocks n - 1 are drawn, which gives means their
     variance (Rao and Wu 1988).
     """
     groups = groups or len(samples)
     counts = [few(groups)] * 2 if paired else [min(groups, 100), few(len(truth))]
     blocks = []
-    for x, n, units in zip((samples, truth), counts, (groups, len(truth))):
+    for x, n, units in zip((samples, truth), counts, (groups, groups if paired else len(truth))):
         at = np.linspace(0, units, n + 1).astype(int) * (len(x) // units)
         parts = [sums(x[i:j]) for i, j in zip(at, at[1:])]
         blocks.append({k: np.array([p[k] for p in parts], np.float64) for k in parts[0]})  # (n, ...)
@@ -843,45 +844,6 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
     return plain(out)
 
 
-def drift(x, y, joins, frames, floor=None, dry=0.01, area=None):
-    """Do long sequences (N, L, H, W) stay what they were? {statistic: [in the first `frames`, in the last,
-    ratio, low, high]}, the 95 % interval by a bootstrap over sequences if there are five.
-
-    x physical, y transformed (of rain itself a few storms decide the variance). joins: frames at which a
-    window began to be new; the correlation with the frame before is compared with that elsewhere. area (H,):
-    weights of rows, not of spectra.
-    """
-
-    def mean(a):
-        return area_mean(a, (1, 2, 3), area)  # (N,)
-
-    y = y - np.nanmean(y)
-    fields = {
-        "mean": x,
-        "variance, transformed": y**2,
-        "share above quantile 0.99": x > np.nanquantile(x, 0.99),
-    }
-    if floor is not None:
-        fields["wet fraction"] = x > floor + dry
-    pairs = {}
-    for name, a in fields.items():
-        a = np.where(np.isnan(x), np.nan, a)
-        pairs[name] = mean(a[:, :frames]), mean(a[:, -frames:])
-    within = area_mean((y - area_mean(y, (2, 3))[..., None, None]) ** 2, (2, 3))  # (N, L)
-    pairs["variance within a frame, transformed"] = within[:, :frames].mean(1), within[:, -frames:].mean(1)
-    products, at = y[:, 1:] * y[:, :-1] / (np.nanvar(y) or np.nan), np.isin(np.arange(1, x.shape[1]), joins)
-    label = "lag-1 autocorrelation, transformed, inside and across joins"
-    pairs[label] = mean(products[:, ~at]), mean(products[:, at])
-    N, out = len(x), {}
-    drawn = np.random.default_rng(0).multinomial(N - 1, np.full(N, 1 / N), 1000)  # as in `bootstrap`
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for name, (a, b) in pairs.items():
-            out[name] = [a.mean(), b.mean(), b.mean() / a.mean()]
-            if N >= FEWEST_BLOCKS:
-                out[name] += np.quantile((drawn @ b) / (drawn @ a), (0.025, 0.975)).tolist()
-    return plain(out)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # tables
 
@@ -902,9 +864,9 @@ def shown(value, unit, sign="+"):
     return formats[unit].replace("S", sign).format(100 * value if unit == "pt" else value)
 
 
-def print_rows(heading, rows, note=""):
+def print_rows(heading, rows, note="", columns=("samples", "held-out", "exact law")):
     """Rows of `compare` or of `cross_correlations`, under a heading, and a sentence on them."""
-    columns = ("samples", "held-out", "exact law")[: max(len(row["values"]) for row in rows.values())]
+    columns = columns[: max(len(row["values"]) for row in rows.values())]
     columns = "".join(f"{c:>12}" for c in columns)
     print(f"\n{heading:<32}{columns}{'error':>12}   95 % interval of the error")
     for label, row in rows.items():
@@ -940,15 +902,6 @@ def print_ensemble(variable, scores):
     if members > 1:
         ranks = " ".join(f"{v * (members + 1):.2f}" for v in scores["rank_histogram"])
         print(f"  share of each rank, times members + 1 (1.00 if calibrated): {ranks}")
-
-
-def print_drift(drift, frames):
-    """What `drift` found between the first and the last frames of long sequences."""
-    heading = f"from the first {frames} frames to the last"
-    print(f"  {heading:<62}{'first':>11}{'last':>11}{'ratio':>11}  95 % interval")
-    for label, values in drift.items():
-        first, last, ratio, *ends = (number(v) for v in values)
-        print(f"  {label:<62} {first:>10} {last:>10} {ratio:>10}  {' .. '.join(ends)}".rstrip())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1224,96 +1177,118 @@ def write_results(c, model, problem, x, history, folder):
     reference = problem.hours[:, problem.reference] if given else None
     written = data.write_samples(folder, fields, layout, history, lead, reference)
     for i, variable in enumerate(model.codec.variables):
-        suffix, rows = f"_{variable.name}" if i else "", picture_rows(x, problem, model.codec, c.members, i)
-        contact_sheet(folder / f"samples{suffix}.png", rows, variable, layout, lead)
-        animation(folder / f"samples{suffix}.gif", rows, variable, layout)
-        written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
+        rows = picture_rows(x, problem, model.codec, c.members, i)
+        names = [file_name("samples", i, variable, suffix) for suffix in ("png", "gif")]
+        contact_sheet(folder / names[0], rows, variable, layout, lead)
+        animation(folder / names[1], rows, variable, layout)
+        written += names
     return written
 
 
-def references(problem, given, channel, climatology):
-    """What an ensemble is compared with: {name: fields that broadcast to (M, R, L, H, W)}."""
+def references(model, problem):
+    """What an ensemble is compared with: {name: fields that broadcast to (M, R, C, L, H, W)}."""
+    given = problem.given(model.codec)
     if problem.factor > 1:
-        return {"block means": given[None, :, channel]}
-    seen, there = np.isfinite(given[0, channel]), np.isfinite(problem.truth[0, channel])
-    whole = np.flatnonzero((seen >= there).all((-2, -1)) & seen.any((-2, -1)))  # frames wholly known
-    out = {"climatology": climatology[:, None, channel]}  # (50, 1, 1, H, W)
+        return {"block means": given[None]}
+    record = model.open_record()
+    starts = data.split_windows(record, model.settings.frames)[0]
+    out = {"climatology": data.read_clips(record, data.thin(starts, 50), 1)[:, None]}  # (50, 1, C, 1, H, W)
+    seen, there = np.isfinite(given[0]), np.isfinite(problem.truth[0])
+    whole = np.flatnonzero((seen >= there).all((0, 2, 3)) & seen.any((0, 2, 3)))  # frames wholly known
     if len(whole):
-        nearest = whole[np.abs(np.arange(problem.truth.shape[2])[:, None] - whole).argmin(1)]
-        out["persistence"] = problem.truth[None, :, channel, nearest]
+        nearest = whole[np.abs(np.arange(given.shape[2])[:, None] - whole).argmin(1)]
+        out["persistence"] = problem.truth[None, :, :, nearest]
     return out
 
 
-def held_out_clips(model, record, frames):
+def held_out_clips(model, frames):
     """Held-out clips that do not overlap, (N, C, T, H, W): up to 2^28 values, but at least 20 clips."""
+    record = model.open_record()
     starts = data.apart(data.split_windows(record, model.settings.frames)[1], model.settings.frames)
     values = len(model.layout.names) * frames * math.prod(model.layout.size)
     return data.read_clips(record, data.thin(starts, min(4000, max(20, 2**28 // values))), frames)
 
 
-def picture_name(i, variable):
-    return f"verify{f'_{variable.name}' if i else ''}.png"
+def file_name(stem, i, variable, suffix="png"):
+    """Of the i-th variable: the first has the plain name."""
+    return f"{stem}{f'_{variable.name}' if i else ''}.{suffix}"
 
 
-def verify_law(c, model, problem, x, folder):
-    """Compare clips, long ones in pieces, with held-out ones, edits with those they were made of."""
-    s, area, report = model.settings, model.layout.area(), {}
-    record = model.open_record()
-    T, L = s.frames, x.shape[2]
-    n, paired, groups = min(T, L), c.task == "edit", len(problem.y)
-    truth = problem.truth if paired else held_out_clips(model, record, n)
-    pieces = np.stack([x[:, :, t : t + n] for t in range(0, L - n + 1, n)], 1)
-    pieces = pieces.reshape(-1, x.shape[1], n, *x.shape[3:])
+def in_pieces(x, n):
+    """Sequences (N, C, L, H, W) as clips of n frames, those of one sequence in a row."""
+    N, C, L, H, W = x.shape
+    pieces = x[:, :, : L // n * n].reshape(N, C, L // n, n, H, W)
+    return pieces.swapaxes(1, 2).reshape(-1, C, n, H, W)
+
+
+def correlation_at_joins(y, windows):
+    """Correlation with the frame before, {where: of all cells}, of sequences y (N, L, H, W) drawn in windows."""
+    drawn_by = np.argmax([np.isin(np.arange(y.shape[1]), w[keep]) for w, keep in windows], 0)
+    joins, out = np.diff(drawn_by) != 0, {}
+    for where, at in (("inside windows", ~joins), ("across joins", joins)):
+        before, after = y[:, :-1][:, at], y[:, 1:][:, at]
+        seen = np.isfinite(before) & np.isfinite(after)
+        with np.errstate(invalid="ignore"):
+            out[where] = np.corrcoef(before[seen], after[seen])[0, 1]
+    return plain(out)
+
+
+def verify_sequences(x, variable, windows, trained, how):
+    """Do sequences x (N, L, H, W), twice as long as those trained on or longer, stay what they were?"""
+    part, out = max(trained, x.shape[1] // 8), {}
+    if x.shape[1] < 2 * trained:
+        return out
+    out["drift"] = compare(x[:, -part:], x[:, :part], paired=True, **how)["rows"]
+    print_rows(f"last {part} frames against the first", out["drift"], columns=("last", "first"))
+    if len(windows) > 1:
+        out["joins"] = correlation_at_joins(variable.encode(x), windows)
+        numbers = ", ".join(f"{number(v)} {where}" for where, v in out["joins"].items())
+        print(f"  correlation with the frame before: {numbers}")
+    return out
+
+
+def verify_samples(c, model, problem, x, folder):
+    """Compare ensembles with what then came, edits with what they were made of, other clips, long ones in
+    pieces, with held-out ones. Returns what goes into verify.json."""
+    s, layout, unseen, report = model.settings, model.layout, problem.unseen(model.codec), {}
+    frames, groups = min(s.frames, x.shape[2]), len(problem.y)
+    paired = unseen is not None or c.task == "edit"
+    if unseen is not None:
+        drawn = np.isfinite(unseen).any((0, 1, 3, 4))
+        clips, truth = x[:, :, drawn], problem.truth[:, :, drawn]
+        others = references(model, problem)
+    else:
+        clips = in_pieces(x, frames)
+        truth = in_pieces(problem.truth, frames) if paired else held_out_clips(model, frames)
     for i, variable in enumerate(model.codec.variables):
-        dry, law = c.dry or variable.dry, None
-        if s.dataset == "climate" and not paired and model.layout.size == (s.size, s.size):
-            law = data.rain_law(s.size, n, LEVELS, dry)
-        result = compare(pieces[:, i], truth[:, i], variable.floor, dry, area, law, groups, paired)
+        how = {"floor": variable.floor, "dry": c.dry or variable.dry, "weights": layout.area()}
+        law = None
+        if s.dataset == "climate" and not paired and layout.size == (s.size, s.size):
+            law = data.rain_law(s.size, frames, LEVELS, how["dry"])
+        result = compare(clips[:, i], truth[:, i], exact=law, groups=groups, paired=paired, **how)
         report[variable.name] = result
         print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
         if s.vae:
             again = model.codec.decode(model.codec.encode(truth), valid=True)[:, i]
-            floor = compare(again, truth[:, i], variable.floor, dry, area, None, None, paired=True)
-            result["autoencoder"] = floor["rows"]
-            print_rows("held-out clips through the autoencoder", floor["rows"])
-        verification_picture(folder / picture_name(i, variable), result, variable, model.layout)
-        if L >= 2 * T and len(problem.windows) > 1:
-            drawn_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)
-            joins, part = 1 + np.flatnonzero(np.diff(drawn_by)), max(T, L // 8)
-            y = variable.encode(x[:, i])
-            result["drift"] = drift(x[:, i], y, joins, part, variable.floor, dry, area)
-            print_drift(result["drift"], part)
-    if len(report) > 1:
-        rows = cross_correlations(pieces, truth, model.layout.names, area, groups, paired)
-        report["correlation"] = rows
-        print_rows("correlation of variables", rows)
-    return report
-
-
-def verify_truth(c, model, problem, x, unseen, folder):
-    """Compare ensembles with what then came, and with persistence and climatology."""
-    area, report, groups = model.layout.area(), {}, len(problem.y)
-    record, given = model.open_record(), problem.given(model.codec)
-    drawn = np.isfinite(unseen).any((0, 1, 3, 4))  # frames
-    train_starts = data.split_windows(record, model.settings.frames)[0]
-    climatology = data.read_clips(record, data.thin(train_starts, 50), 1)  # (50, C, 1, H, W)
-    lead = (np.arange(x.shape[2]) - problem.reference) * model.layout.step_hours
-    ensemble = x.reshape(-1, c.members, *x.shape[1:]).swapaxes(0, 1)  # (M, R, C, L, H, W)
-    for i, variable in enumerate(model.codec.variables):
-        floor, dry = variable.floor, c.dry or variable.dry
-        truth = problem.truth[:, i, drawn]
-        result = compare(x[:, i, drawn], truth, floor, dry, area, None, groups, paired=True)
-        report[variable.name] = result
-        print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
-        compared, least = (
-            references(problem, given, i, climatology),
-            -math.inf if floor is None else floor + dry,
-        )
-        members = ensemble[:, :, i]
-        scores = verify_ensemble(members, unseen[:, i], compared, lead, least, variable.encode, area)
+            result["autoencoder"] = compare(again, truth[:, i], paired=True, **how)["rows"]
+            print_rows("held-out clips through the autoencoder", result["autoencoder"])
+        picture = folder / file_name("verify", i, variable)
+        if unseen is None:
+            verification_picture(picture, result, variable, layout)
+            result |= verify_sequences(x[:, i], variable, problem.windows, s.frames, how)
+            continue
+        ensemble = x[:, i].reshape(-1, c.members, *x.shape[2:]).swapaxes(0, 1)  # (M, R, L, H, W)
+        channel = {name: fields[:, :, i] for name, fields in others.items()}
+        least = -math.inf if variable.floor is None else variable.floor + how["dry"]
+        lead = (np.arange(x.shape[2]) - problem.reference) * layout.step_hours
+        scores = verify_ensemble(ensemble, unseen[:, i], channel, lead, least, variable.encode, layout.area())
         result["ensemble"] = scores
         print_ensemble(variable, scores)
-        ensemble_picture(folder / picture_name(i, variable), scores, result["curves"], variable, model.layout)
+        ensemble_picture(picture, scores, result["curves"], variable, layout)
+    if len(report) > 1:
+        rows = cross_correlations(clips, truth, layout.names, layout.area(), groups, paired)
+        report["correlation"] = rows
+        print_rows("correlation of variables", rows)
     return report
 
 
@@ -1383,12 +1358,10 @@ def main(argv=None):
         emerging = diffusion.Levels("logsnr", *law.emergence(margin=5.0))
         law = law.map(lambda a: a.to(model.denoiser.gaussian.mean.device))
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
-    single = c.obs_std == 0 or len(problem.windows) == 1
-    require(single, "--obs_std belongs to a single window of frames: use a shorter --length")
-    single = problem.factor == 1 or len(problem.windows) == 1
-    require(
-        single, f"--task=superres draws all frames together: use --frames={c.length} or a shorter --length"
-    )
+    whole = problem.factor > 1 or c.task in ("encode", "morph") or c.obs_std > 0
+    what = "superres, encode, morph and --obs_std belong to a single window of frames"
+    advice = f"use --frames={problem.y.shape[2]} or a shorter --length"
+    require(not whole or len(problem.windows) == 1, f"{what}: {advice}")
     folder = Path(c.out_dir) / "samples"
     with train.locked(folder) if rank == 0 else nullcontext():
         x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
@@ -1401,14 +1374,13 @@ def main(argv=None):
         history += f", trained with --select={model.settings.select}" * bool(model.settings.select)
         written = write_results(c, model, problem, x, history, folder)
         if c.verify and TASKS[c.task].start in ("noise", "edit"):
-            unseen = problem.unseen(model.codec)
-            if unseen is None:
-                report = verify_law(c, model, problem, x, folder)
-            else:
-                report = verify_truth(c, model, problem, x, unseen, folder)
+            report = verify_samples(c, model, problem, x, folder)
             with data.replacing(folder / "verify.json") as f:
                 f.write(json.dumps(report, indent=1, allow_nan=False).encode())
-            written += ["verify.json", *(picture_name(i, v) for i, v in enumerate(model.codec.variables))]
+            written += [
+                "verify.json",
+                *(file_name("verify", i, v) for i, v in enumerate(model.codec.variables)),
+            ]
         del x
         shutil.rmtree(parts)
     print(f"\n{folder}/: {', '.join(written)}")

@@ -2098,7 +2098,7 @@ def test_a_reserved_array_takes_its_space(tmp_path):
 # verification, tables and pictures
 
 RAIN_RATE = SimpleNamespace(name="rain", units="mm h-1", long_name="rain rate", floor=0.0, dry=0.01)
-WARM = SimpleNamespace(name="t2m", units="K", long_name="", floor=None, dry=0.0)
+WARM = SimpleNamespace(name="t2m", units="K", long_name="", floor=None, dry=0.0, encode=np.asarray)
 
 
 def stepping_layout(step=1.0, y=(2, 1, 0)):
@@ -2404,10 +2404,8 @@ def test_columns_never_touch(capsys):
     one = np.full((3, 8, 2, 4, 4), 30.0) + np.random.default_rng(0).normal(0, 1e4, (3, 8, 2, 4, 4))
     scores = sample.verify_ensemble(one, one[0] * 1e-4, {"climatology": one * 1e6}, [3.0, 1000.0])
     sample.print_ensemble(RAIN_RATE, scores)
-    sample.print_drift({"a": [1.0, 1e9, 1e-7, -1e9, 1e9]}, 4)
     lines = capsys.readouterr().out.splitlines()
-    assert [len(line.split()) for line in lines[-5:]] == [5, 5, 15, 14, 7]
-    assert float(lines[-5].split()[0]) == 3 and lines[-1].split()[:4] == ["a", "1.0000", "1e+09", "1e-07"]
+    assert [len(line.split()) for line in lines[-3:-1]] == [5, 5] and float(lines[-3].split()[0]) == 3
 
 
 def test_the_table_explains_itself(wetter, capsys):
@@ -2554,65 +2552,34 @@ def test_a_forecast_that_is_right_everywhere_is_valid_json(capsys):
 # long sequences
 
 
-@pytest.fixture(scope="module")
-def fading():
-    """Sequences whose spread halves and whose memory breaks at every tenth frame. (60, 40, 6, 6)"""
+def memory_of(length, shape=(60, 6, 6), joins=()):
+    """Sequences with a correlation of 0.9 from frame to frame, of 0.3 across joins. (N, L, H, W)"""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 40, 6, 6))
-    for t in range(1, 40):
-        r = 0.3 if t % 10 == 0 else 0.9
+    x = rng.normal(size=(shape[0], length, *shape[1:]))
+    for t in range(1, length):
+        r = 0.3 if t in joins else 0.9
         x[:, t] = r * x[:, t - 1] + math.sqrt(1 - r * r) * x[:, t]
-    return 5 + x * np.linspace(1, 0.5, 40)[:, None, None]
+    return x
 
 
-@pytest.fixture(scope="module")
-def drifted(fading):
-    return sample.drift(fading, 2 * fading, [10, 20, 30], 4)
+@pytest.mark.parametrize("fades", [False, True])
+def test_the_last_frames_are_compared_with_the_first(fades, capsys):
+    x = 5 + memory_of(40) * np.linspace(1, 0.5 if fades else 1, 40)[:, None, None]
+    how = {"floor": None, "dry": 0.0, "weights": np.ones(6)}
+    rows = sample.verify_sequences(x, WARM, [], 4, how)["drift"]
+    assert rows["standard deviation"]["within_sampling_error"] != fades
+    assert rows["mean"]["within_sampling_error"] and rows["mean"]["values"][1] == pytest.approx(
+        x[:, :5].mean()
+    )
+    assert "last 5 frames against the first" in capsys.readouterr().out
+    assert not sample.verify_sequences(x[:, :7], WARM, [], 4, how)
 
 
-def test_drift_sees_fading(drifted, fading):
-    first, _, ratio, *_ = drifted["variance, transformed"]
-    assert first == pytest.approx(4 * np.mean((fading[:, :4] - fading.mean()) ** 2))
-    assert ratio == pytest.approx(0.29, abs=0.05) and drifted["mean"][2] == pytest.approx(1, abs=0.02)
-    assert drifted["variance within a frame, transformed"][2] == pytest.approx(0.29, abs=0.06)
-    power = 4 * np.mean((fading[:, :4] - fading[:, :4].mean((2, 3), keepdims=True)) ** 2)
-    assert drifted["variance within a frame, transformed"][0] == pytest.approx(power)
-
-
-def test_drift_sees_seams(drifted):
-    inside, across, *_ = drifted["lag-1 autocorrelation, transformed, inside and across joins"]
-    assert across / inside == pytest.approx(1 / 3, abs=0.08)
-
-
-def test_interval_of_a_drift_is_as_wide_as_its_scatter(drifted, fading):
-    parts = [sample.drift(fading[i::6], fading[i::6], [10], 4)["variance, transformed"][2] for i in range(6)]
-    _, _, ratio, low, high = drifted["variance, transformed"]
-    assert low < ratio < high and (high - low) / 3.92 == pytest.approx(np.std(parts) / math.sqrt(6), rel=0.6)
-
-
-def test_of_four_sequences_no_interval(fading):
-    assert [len(sample.drift(fading[:n], fading[:n], [10], 4)["mean"]) for n in (5, 4)] == [5, 3]
-
-
-def test_drift_weighs_by_area_and_leaves_land_out(drifted, fading):
-    rows = np.array([1, 2, 1, 3, 1, 1])
-    repeated = np.repeat(fading, rows, 2)
-    weighted = sample.drift(fading, fading, [10], 4, area=rows.astype(float))["mean"][:3]
-    assert weighted == pytest.approx(sample.drift(repeated, repeated, [10], 4)["mean"][:3])
-    land = np.where(np.arange(36).reshape(6, 6) == 0, np.nan, fading)
-    label = "variance within a frame, transformed"
-    land = sample.drift(land, 2 * land, [10, 20, 30], 4)
-    assert land[label][2] == pytest.approx(drifted[label][2], rel=0.1)
-
-
-def test_sequences_without_rain_or_joins_are_valid_json(capsys):
-    zero = np.zeros((6, 12, 4, 4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        drift = sample.drift(zero, zero, [], 4, 0.0)
-    json.dumps(drift, allow_nan=False)
-    sample.print_drift(drift, 4)
-    assert "nan" not in capsys.readouterr().out
+def test_seams_between_windows_are_seen():
+    plan = data.windows(40, 12, 2)
+    joins = [w[k][-1] + 1 for w, k in plan[:-1]]
+    found = sample.correlation_at_joins(memory_of(40, joins=joins), plan)
+    assert found == pytest.approx({"inside windows": 0.9, "across joins": 0.3}, abs=0.05)
 
 
 # pictures
@@ -3397,11 +3364,13 @@ def test_written_samples_are_input_again_and_know_their_history(own):
 
 
 def test_little_noise_leaves_an_edit_close_to_its_clip(trained):
-    settings = "task=edit steps=60 edit_logsnr=4.0 sampler=ancestral verify=true"
+    settings = "task=edit steps=60 edit_logsnr=4.0 sampler=ancestral verify=true length=8 frames=4"
     truth, got = posed(trained(), settings).truth, drawn(trained(), settings)
     assert 1e-3 < np.abs(got.x - truth).mean() / truth.std() < 0.1
-    compared = got.report["walk"]["rows"]["mean"]["values"][1]
-    assert compared == pytest.approx(truth.mean(), rel=1e-4)  # with what it was made of
+    report = got.report["walk"]
+    assert report["rows"]["mean"]["values"][1] == pytest.approx(truth.mean(), rel=1e-4)  # what it was made of
+    assert report["drift"]["mean"]["values"][0] == pytest.approx(got.x[:, :, 4:].mean(), rel=1e-4)
+    assert set(report["joins"]) == {"inside windows", "across joins"}
 
 
 @pytest.mark.parametrize("task,same", [("encode", [0, 1, 2]), ("morph", [0, 2])])
@@ -3548,7 +3517,7 @@ sample task=forecast members=3: must be a multiple of --members=3
 sample exact=true task=edit: belongs to --task=generate
 sample exact=true out_dir=ok: not of walk.npy
 sample out_dir=ok guidance_scale=2: --condition
-sample out_dir=ok task=superres factor=2 length=17 input=coarse.npy: draws all frames together
+sample out_dir=ok task=superres factor=2 length=17 input=coarse.npy: single window
 sample out_dir=ok sampler=sde steps=3: unstable
 sample out_dir=ok task=edit edit_logsnr=50: outside the grid
 sample out_dir=ok task=edit input=narrow.npy: narrow.npy
@@ -3557,6 +3526,7 @@ sample out_dir=ok task=forecast length=99: no 99 consecutive frames
 sample out_dir=ok task=superres factor=3: does not divide the grid of 8 x 8
 sample out_dir=ok task=inpaint input=walk.npy: has no NaN
 sample out_dir=ok task=forecast length=6 frames=4 obs_std=0.1: single window
+sample out_dir=ok task=encode sampler=ode length=6 frames=4: single window
 """
 
 
