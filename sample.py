@@ -9,6 +9,7 @@ what a setting may be, and which task, sampler or method it belongs to.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 if __name__ == "__main__":  # torch takes seconds to import: until run_main, Ctrl-C ends without a traceback
@@ -475,8 +477,7 @@ def fingerprint(c, digest):
 LEVELS = [1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)]  # 0 .. 0.9 .. 0.999998
 RETURNS = (2, 10, 50)  # return periods of the maximum of a clip, in clips
 RESAMPLES, FEWEST_BLOCKS = 400, 5  # of a bootstrap, and below which it says nothing
-POWERS = {"spatial_power": "spatial power", "temporal_power": "temporal power"}
-CURVES = ("quantiles", "returns", "autocorrelation", *POWERS)
+CURVES = ("quantiles", "returns", "autocorrelation", "spatial_power", "temporal_power")
 NATURAL = "natural"  # % for a variable with floor 0 (rain), else standard deviations: no per cent of kelvins
 BIAS = "mean |bias| per cell"
 
@@ -637,71 +638,66 @@ def table_row(unit, error, drawn, values=()):
     return plain(row | {"within_sampling_error": within})
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What `statistics` says of samples and of held-out clips, and what is known exactly (data.rain_law)."""
-
-    samples: dict
-    held_out: dict
-    exact: dict
-
-    def values(self, of):
-        """{"samples": value, "held_out": value} of a statistic, and "exact" where the law says it."""
-        values = {"samples": np.asarray(of(self.samples)), "held_out": np.asarray(of(self.held_out))}
-        try:
-            return values | {"exact": np.asarray(of(self.exact))}
-        except KeyError:
-            return values
-
-    def reference(self, of):
-        values = self.values(of)
-        return values.get("exact", values["held_out"])
-
-    def difference(self, of):
-        return of(self.samples) - self.reference(of)
+def values_of(of, samples, held_out, exact):
+    """A statistic of samples, of held-out clips and, where it is known, of the exact law."""
+    try:
+        return [of(samples), of(held_out), of(exact)]
+    except KeyError:
+        return [of(samples), of(held_out)]
 
 
-def unit_and_scale(unit, of, pair, floor):
-    """(unit of an error, what a difference is divided by for it: NaN where that means nothing)."""
+def unit_and_scale(unit, value, std, floor):
+    """(unit of an error, what a difference is divided by for it: NaN where that means nothing).
+
+    value, std: the statistic and the standard deviation of the reference.
+    """
     if unit == NATURAL:
         unit = "%" if floor == 0 else "std"
     if unit == "std":
-        return unit, pair.reference(lambda s: s["std"]) or np.nan
+        return unit, std or np.nan
     if unit != "%":
         return unit, 1.0
-    size = np.abs(pair.reference(of))
+    size = np.abs(value)
     least = 0.1 * np.nanmean(size) if size.ndim == 2 else 0.0  # no ratio to cells where it hardly ever rains
     return unit, np.where(size > least, size, np.nan)
 
 
-def compare_rows(pairs, floor, weights):
-    """(rows, the Pair of all clips, differences per cell, {curve: its band}) of the Pairs of `bootstrap`."""
-    pair = next(pairs)
-    table = [(*row, None) for row in STATISTICS if np.size(row[2](pair.samples))]
-    table += [row for row in DISTANCES if np.size(row[2](pair.samples))]
-    scales = [unit_and_scale(unit, of, pair, floor) for _, unit, of, _ in table]
-    found = [pair.difference(of) / scale for (*_, of, _), (_, scale) in zip(table, scales)]
-    drawn, curves = [[] for _ in table], {k: [] for k in CURVES}
-    for other in pairs:
-        for i, (*_, of, size) in enumerate(table):
-            d = other.difference(of) / scales[i][1]
-            drawn[i].append(size(np.abs(d - found[i]), weights) if size else d.item())
-        for k in CURVES:
-            curves[k].append(other.difference(lambda s: s[k]))
-    rows = {}
-    for i, (label, _, of, size) in enumerate(table):
-        error = size(np.abs(found[i]), weights) if size else found[i].item()
-        values = () if size else [v.item() for v in pair.values(of).values()]
-        rows[label] = table_row(scales[i][0], error, drawn[i], values)
+def compare_rows(draws, table, exact, floor=None, weights=None):
+    """(rows, {curve: its values and band}, differences by row) of a table of statistics.
+
+    draws: [what `statistics` says of samples, of held-out clips], of all, then of every resample. The
+    reference is what the exact law says, else the held-out clips.
+    """
+    s, t = next(draws)
+    reference = t | exact
+    table = [row for row in table if np.size(row[2](s))]
+    scales = [unit_and_scale(unit, of(reference), reference["std"], floor) for _, unit, of, *_ in table]
+    found = [(of(s) - of(reference)) / scale for (_, _, of, *_), (_, scale) in zip(table, scales)]
+    drawn, offsets = [[] for _ in table], {k: [] for k in CURVES if k in s}
+    for a, b in draws:
+        b = b | exact
+        for (_, _, of, *size), (_, scale), whole, errors in zip(table, scales, found, drawn):
+            d = (of(a) - of(b)) / scale
+            errors.append(size[0](np.abs(d - whole), weights) if size else d.item())
+        for k, draw in offsets.items():
+            draw.append(a[k] - b[k])
+    rows, curves = {}, {}
+    for (label, _, of, *size), (unit, _), error, errors in zip(table, scales, found, drawn):
+        if size:
+            error = size[0](np.abs(error), weights)
+            rows[label] = table_row(unit, error, errors)
+        else:
+            values = [np.asarray(v).item() for v in values_of(of, s, t, exact)]
+            rows[label] = table_row(unit, error.item(), errors, values)
         if label == BIAS:  # independent errors add in squares
-            beyond = np.sqrt(np.maximum(error**2 - np.mean(drawn[i] or np.nan) ** 2, 0.0))
-            rows["mean |bias| beyond sampling"] = table_row(scales[i][0], beyond, ())
-    bands = {}
-    for k, draws in curves.items():
-        if draws:
-            d = np.quantile(draws, (0.025, 0.975), axis=0) - pair.difference(lambda s: s[k])
-            bands[k] = pair.reference(lambda s: s[k]) + d  # where 95 % of perfect sample sets lie
-    return rows, pair, found[-1], bands
+            beyond = np.sqrt(np.maximum(error**2 - np.mean(errors or np.nan) ** 2, 0.0))
+            rows["mean |bias| beyond sampling"] = table_row(unit, beyond, ())
+    for k, draw in offsets.items():
+        curves[k] = dict(zip(("samples", "held_out", "exact"), values_of(itemgetter(k), s, t, exact)))
+        if draw:  # where 95 % of perfect sample sets lie
+            low_high = np.quantile(draw, (0.025, 0.975), axis=0)
+            curves[k]["band"] = reference[k] + low_high - (s[k] - reference[k])
+    return rows, curves, found
 
 
 def values_to_count(samples, truth):
@@ -723,9 +719,8 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
     have no value at all.
     """
     for what, x in (("samples", samples), ("held-out clips", truth)):
-        if not np.isfinite(x).any():
-            raise data.InputError(f"nothing to compare: all of the {what} is missing; try --verify=false")
-    wet, note = math.inf if floor is None else floor + dry, ""
+        require(np.isfinite(x).any(), f"nothing to compare: all of the {what} is missing; try --verify=false")
+    wet, note, exact = math.inf if floor is None else floor + dry, "", exact or {}
     if floor is not None and not (truth > wet).any():
         note = "The held-out clips are all dry: an error relative to them means nothing and is left out (-)."
         truth = np.where(np.isfinite(truth), floor, truth)  # rounding errors have no spectrum
@@ -733,21 +728,16 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
     weights = np.ones(truth.shape[2]) if weights is None else weights
     how = {"edges": values_to_count(samples, truth), "wet": wet, "weights": weights, "centre": centre}
     draws = bootstrap(samples, truth, partial(tally, **how), groups, paired)
-    pairs = (Pair(*(statistics(S, **how) for S in draw), exact or {}) for draw in draws)
+    draws = ([statistics(S, **how) for S in draw] for draw in draws)
     with np.errstate(all="ignore"):  # what has no value is NaN here and null in the result
-        rows, pair, bias, bands = compare_rows(pairs, floor, weights)
-        curves = {k: pair.values(lambda s: s[k]) for k in CURVES}
-    for k, band in bands.items():
-        curves[k]["band"] = band
+        rows, curves, differences = compare_rows(draws, STATISTICS + DISTANCES, exact, floor, weights)
     T, H, W = samples.shape[1:]
     curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, RETURNS
     curves["spatial_power"]["frequency"] = spatial_spectrum(np.zeros((1, 1, H, W)))[0]
     curves["temporal_power"]["frequency"] = temporal_spectrum(np.zeros((1, T, 1, 1)))[0]
-    maps = [pair.samples["map"], pair.reference(lambda s: s["map"]), bias]
-    maps = [np.vectorize("{:.4g}".format)(a).astype(float) for a in maps]
+    bias = np.vectorize("{:.4g}".format)(differences[-1]).astype(float)
     out = {"samples": len(samples), "held_out_clips": len(truth), "note": note, "rows": rows}
-    out |= {"curves": curves, "mean_map": {"samples": maps[0], "reference": maps[1]}, "bias_map": maps[2]}
-    return plain(out)
+    return plain(out | {"curves": curves, "bias_map": bias})
 
 
 def cross_correlations(samples, truth, names, weights=None, groups=None, paired=False):
@@ -765,17 +755,14 @@ def cross_correlations(samples, truth, names, weights=None, groups=None, paired=
     def correlation(S):
         m = S["sum"] / S["count"]
         C = S["product"] / S["count"] - np.outer(m, m)
-        return C / np.sqrt(np.outer(np.diag(C), np.diag(C)))
+        std = np.sqrt(np.diag(C))
+        return {(i, j): C[i, j] / (std[i] * std[j]) for i, j in pairs} | {"std": None}
 
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    table = [(f"{names[i]} with {names[j]}", "", itemgetter((i, j))) for i, j in pairs]
+    draws = bootstrap(samples, truth, products, groups, paired)
     with np.errstate(all="ignore"):
-        pairs = [
-            [correlation(S) for S in draw] for draw in bootstrap(samples, truth, products, groups, paired)
-        ]
-    (s, t), rows = pairs[0], {}
-    for i, j in zip(*np.triu_indices(len(names), 1)):
-        errors = [a[i, j] - b[i, j] for a, b in pairs[1:]]
-        rows[f"{names[i]} with {names[j]}"] = table_row("", s[i, j] - t[i, j], errors, (s[i, j], t[i, j]))
-    return rows
+        return compare_rows(([correlation(S) for S in draw] for draw in draws), table, {})[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
