@@ -394,33 +394,22 @@ class Sampler:
         x = self.x[rows][:, :, window].to(like) if edit else denoise(torch.zeros_like(like), level)
         return diffusion.diffuse(x, level, noise(x))
 
-    def chain(self, denoise, known, indices, rows, window, noise, advance):
-        """One window, from the first level to a clean field that agrees with what is known."""
-        like = known.lift(known.y)
-        law = self.law or self.model.denoiser.gaussian.frames(like.shape[2])
-        step = make_step(self.c, law, bool(known.mask.any()))
-        z = self.start(denoise, like, indices, rows, window, noise)
-        for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
-            advance(len(indices))
-        return z
-
     def draw(self, indices, advance):
         """Standardised clips (B, C, L, H, W), window by window; advance(B) is called after every step."""
         problem, device = self.problem, self.device
         rows, noise = [i // self.c.members for i in indices], generators(self.c.seed, indices)
-        if self.law:
-            zero = torch.zeros(len(rows), *self.law.variances.shape, device=device)
-            nothing = diffusion.Observation(zero, zero)
-            return self.chain(self.law.denoise, nothing, indices, rows, None, noise, advance)
-        valid = self.model.codec.valid.to(device)
+        valid = 1 if self.law else self.model.codec.valid.to(device)
         y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
         for window, keep in problem.windows:
-            known = diffusion.Observation(
-                y[:, :, window], mask[:, :, window] * problem.imposed, problem.factor
-            )
+            seen = mask[:, :, window] * problem.imposed
+            known = diffusion.Observation(y[:, :, window], seen, problem.factor)
             told = None if problem.told is None else problem.told[rows][:, :, window].to(device)
-            denoise = make_denoiser(self.c, self.model, known, told)
-            z = self.chain(denoise, known, indices, rows, window, noise, advance)
+            law = self.law or self.model.denoiser.gaussian.frames(len(window))
+            denoise = law.denoise if self.law else make_denoiser(self.c, self.model, known, told)
+            z = self.start(denoise, known.lift(known.y), indices, rows, window, noise)
+            step = make_step(self.c, law, bool(seen.any()))
+            for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
+                advance(len(indices))
             if problem.factor > 1:
                 return z
             y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
@@ -909,13 +898,13 @@ def save(path, image, **options):
         image.save(f, path.suffix[1:].upper(), **options)
 
 
-def scale_of(x, floor):
+def scale_of(x, floor, mean=None):
     """(low, high, palette, gamma): from a floor of 0 up (rain), else around the mean. gamma < 1 spreads the
     low values."""
     x = x[np.isfinite(x)] if np.isfinite(x).any() else np.zeros(1)
     if floor == 0:
         return 0.0, float(np.quantile(x, 0.999)) or 1.0, RAIN, 0.5
-    mean = float(x.mean())
+    mean = float(x.mean()) if mean is None else mean
     reach = float(np.quantile(np.abs(x - mean), 0.995)) or 1.0
     return mean - reach, mean + reach, DIVERGING, 1.0
 
@@ -948,6 +937,16 @@ def unit_of_time(layout):
     return next((u for u in units if layout.step_hours >= u[2]), units[-1])
 
 
+def mosaic(fields, columns, scale, factor):
+    """A picture of fields (H, W) in rows of so many, `factor` pixels a cell, 4 pixels apart."""
+    h, w = (n * factor for n in fields[0].shape)
+    image = Image.new("RGB", (columns * (w + 4), -(-len(fields) // columns) * (h + 4)), GREY)
+    for i, x in enumerate(fields):
+        corner = (i % columns * (w + 4) + 2, i // columns * (h + 4) + 2)
+        image.paste(tile(x, scale, (w, h)), corner)
+    return image
+
+
 def contact_sheet(path, rows, variable, layout, lead_hours):
     """Clips as rows of at most 12 frames, those known framed, in one colour scale; lead_hours (T,) above.
 
@@ -955,26 +954,23 @@ def contact_sheet(path, rows, variable, layout, lead_hours):
     """
     _, sign, hours = unit_of_time(layout)
     chosen = np.unique(np.linspace(0, len(lead_hours) - 1, min(len(lead_hours), 12)).astype(int))
-    H, W = rows[0][1].shape[-2:]
+    fields = [layout.north_up(x[t]) for _, x, _ in rows for t in chosen]
     scale = scale_of(np.stack([x for _, x, _ in rows]), variable.floor)
-    factor = max(1, round(104 / max(H, W)))
-    w, h, gap, left, top = W * factor, H * factor, 4, 64, 50
-    right, bottom = left + len(chosen) * (w + gap), top + len(rows) * (h + gap)
-    image = Image.new("RGB", (right + 96, bottom + 8), WHITE)
+    clips = mosaic(fields, len(chosen), scale, max(1, round(104 / max(fields[0].shape))))
+    w, h, left, top = clips.width // len(chosen), clips.height // len(rows), 64, 50
+    image = Image.new("RGB", (left + clips.width + 96, top + clips.height + 8), WHITE)
+    image.paste(clips, (left, top))
     draw = ImageDraw.Draw(image)
     framed = ", framed where known" if any(known.any() for *_, known in rows) else ""
     write(draw, (left, 6), f"{variable.long_name or variable.name}: generated clips{framed}", 14)
     for k, t in enumerate(chosen):
-        write(draw, (left + k * (w + gap) + w / 2, top - 6), f"{lead_hours[t] / hours:+.3g} {sign}", 11, "ms")
-    for i, (label, x, known) in enumerate(rows):
-        y = top + i * (h + gap)
+        write(draw, (left + (k + 0.5) * w, top - 4), f"{lead_hours[t] / hours:+.3g} {sign}", 11, "ms")
+    for i, (label, _, known) in enumerate(rows):
+        y = top + i * h
         write(draw, (left - 8, y + h / 2), label, 11, "rm")
-        for k, t in enumerate(chosen):
-            x0 = left + k * (w + gap)
-            image.paste(tile(layout.north_up(x[t]), scale, (w, h)), (x0, y))
-            frame = (INK, 2) if known[t] else (GREY, 1)
-            draw.rectangle((x0 - 1, y - 1, x0 + w, y + h), outline=frame[0], width=frame[1])
-    colour_bar(image, right + 12, top + 6, min(bottom - top, 260) - 10, scale, variable.units)
+        for x in left + w * np.flatnonzero(known[chosen]):
+            draw.rectangle((x, y, x + w - 1, y + h - 1), outline=INK, width=2)
+    colour_bar(image, left + clips.width + 12, top + 6, min(clips.height, 260) - 10, scale, variable.units)
     save(path, image)
 
 
@@ -982,46 +978,50 @@ def animation(path, rows, variable, layout):
     """A looping GIF of the same rows, beside each other or, where all have one kind of label, in a square."""
     square = len({label.split()[0] for label, *_ in rows}) == 1
     side = math.isqrt(len(rows)) if square else len(rows)
-    x = np.stack([layout.north_up(x) for _, x, _ in rows[: side * side]])  # (N, T, H, W)
+    x = np.stack([layout.north_up(x) for _, x, _ in rows[: side * side]], 1)  # (T, N, H, W)
     scale, factor = scale_of(x, variable.floor), max(1, round(128 / max(x.shape[-2:])))
-    w, h, frames = x.shape[-1] * factor, x.shape[-2] * factor, []
-    for t in range(x.shape[1]):
-        frame = Image.new("RGB", (side * (w + 4), -(-len(x) // side) * (h + 4)), GREY)
-        for i in range(len(x)):
-            frame.paste(tile(x[i, t], scale, (w, h)), (i % side * (w + 4) + 2, i // side * (h + 4) + 2))
-        frames.append(frame.quantize(96))
+    frames = [mosaic(fields, side, scale, factor).quantize(96) for fields in x]
     save(path, frames[0], save_all=True, append_images=frames[1:], duration=250, loop=0)
 
 
 def axis(values, log, start, stop):
     """(function from values to pixels, about six round values to mark) of an axis between two pixels."""
-    values = np.asarray(values, float)
-    u = np.log10(values) if log else values
+
+    def scaled(v):
+        v = np.asarray(v, float)
+        return np.log10(np.where(v > 0, v, np.nan)) if log else v
+
+    def at(v):
+        return start + (np.clip(scaled(v), low, high) - low) / (high - low) * (stop - start)
+
+    u = scaled(values)
     u = u[np.isfinite(u)] if np.isfinite(u).any() else np.zeros(1)
     margin = 0.06 * np.ptp(u) or abs(u[0]) * 0.1 or 1.0
     low, high = u.min() - margin, u.max() + margin
-
-    def at(v):
-        u = np.log10(np.maximum(v, 1e-300)) if log else np.asarray(v)
-        return start + (np.clip(u, low, high) - low) / (high - low) * (stop - start)
-
-    if log and high - low < 3:  # less than three decades
-        marks = np.outer(10.0 ** np.arange(math.floor(low), math.ceil(high)), (1, 2, 5)).ravel()
-        return at, [v for v in marks if low <= math.log10(v) <= high]
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
-    step = max(1, round(step)) if log else step
-    marks = [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return at, [10.0**v for v in marks] if log else marks
+    marks = step * np.arange(math.ceil(low / step), high / step)
+    if log:
+        decades = 10.0 ** np.arange(math.floor(low), high, max(1, round(step)))
+        marks = np.outer(decades, (1, 2, 5) if high - low < 3 else 1).ravel()
+    return at, marks[(low <= scaled(marks)) & (scaled(marks) <= high)]
 
 
 class Page:
-    """A picture of two rows of three panels under a heading; panels are added one after the other."""
+    """A picture of two rows of three panels; those of quantiles and of spectra, from `compare`, come first."""
 
-    def __init__(self, heading):
+    def __init__(self, heading, curves, variable, layout):
         self.image = Image.new("RGB", (1200, 715), WHITE)
         self.draw, self.panels = ImageDraw.Draw(self.image), 0
-        write(self.draw, (12, 8), heading, 14)
+        write(self.draw, (12, 8), f"{variable.long_name or variable.name}: {heading}", 14)
+        units, (unit, _, hours) = variable.units or "1", unit_of_time(layout)
+        held_out = curves["quantiles"]["held_out"]
+        self.curve(f"quantiles, {units}", f"held-out, {units}", held_out, curves["quantiles"])
+        waves = ("spatial", "cell", 1.0), ("temporal", unit, hours / layout.step_hours)
+        for which, what, per in waves:
+            power = curves[f"{which}_power"]
+            k = per * np.array(power["frequency"])
+            self.curve(f"{which} power, ({units})^2", f"cycles per {what}", k, power, True, True)
 
     def panel(self, title):
         """Corner (x, y) of the next panel, 392 x 325 pixels."""
@@ -1035,13 +1035,12 @@ class Page:
         x0, y0 = self.panel(title)
         left, right, top, bottom = x0 + 58, x0 + 380, y0 + 30, y0 + 285
         write(self.draw, ((left + right) / 2, y0 + 317), xlabel, 12, "mm")
-        clean = []
-        for label, x, y, colour, points in lines:
-            x, y = np.asarray(x, float), np.asarray(y, float)
-            keep = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not logx)) & ((y > 0) | (not logy))
-            clean.append((label, x[keep], y[keep], colour, points))
-        across, xmarks = axis(np.concatenate([line[1] for line in clean] or [0]), logx, left, right)
-        up, ymarks = axis(np.concatenate([line[2] for line in clean] or [0]), logy, bottom, top)
+        across, xmarks = axis(np.concatenate([x for _, x, *_ in lines]), logx, left, right)
+        up, ymarks = axis(np.concatenate([y for _, _, y, *_ in lines]), logy, bottom, top)
+
+        def pixels(x, y):
+            return [(a, b) for a, b in zip(across(x), up(y)) if math.isfinite(a + b)]
+
         for v in xmarks:
             self.draw.line((across(v), top, across(v), bottom), fill=GREY)
             write(self.draw, (across(v), bottom + 4), f"{v:.3g}", 11, "ma")
@@ -1049,18 +1048,16 @@ class Page:
             self.draw.line((left, up(v), right, up(v)), fill=GREY)
             write(self.draw, (left - 5, up(v)), f"{v:.3g}", 11, "rm")
         if band is not None:
-            x, low, high = (np.asarray(v, float) for v in band)
-            keep = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
-            x, low, high = across(x[keep]), up(low[keep]), up(high[keep])
-            if len(x) > 1:
-                self.draw.polygon([*zip(x, low), *zip(x[::-1], high[::-1])], fill=BAND)
-        rises = len(clean[0][2]) and clean[0][2][-1] > clean[0][2][0]  # labels go to the corner that is free
-        for n, (label, x, y, colour, points) in enumerate(clean):
-            pixels = list(zip(across(x), up(y)))
-            for a, b in pixels if points else ():
+            x, low, high = band
+            if len(pixels(x, low)) > 1:
+                self.draw.polygon(pixels(x, low) + pixels(x, high)[::-1], fill=BAND)
+        first = [y for _, y in pixels(*lines[0][1:3])] or [0]
+        rises = first[-1] < first[0]  # labels go to the corner that is free; pixels count from the top
+        for n, (label, x, y, colour, points) in enumerate(lines):
+            for a, b in pixels(x, y) if points else ():
                 self.draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
-            if not points and len(pixels) > 1:
-                self.draw.line(pixels, fill=colour, width=2)
+            if not points and len(pixels(x, y)) > 1:
+                self.draw.line(pixels(x, y), fill=colour, width=2)
             xy = (left + 8 if rises else right - 8, top + 8 + 16 * n)
             write(self.draw, xy, label, 12, "la" if rises else "ra", colour)
         self.draw.rectangle((left, top, right, bottom), outline=INK)
@@ -1073,22 +1070,11 @@ class Page:
         lines.append(("samples", x, curve["samples"], DRAWN, len(x) < 60))
         self.plot(title, xlabel, lines, logx, logy, (x, *curve["band"]) if "band" in curve else None)
 
-    def quantiles_and_spectra(self, curves, variable, layout):
-        """Three panels that both pages have."""
-        units, (unit, _, hours) = variable.units or "1", unit_of_time(layout)
-        q = curves["quantiles"]
-        self.curve(f"quantiles, {units}", f"held-out, {units}", q["held_out"], q)
-        k = np.array(curves["spatial_power"]["frequency"])
-        self.curve(f"spatial power, ({units})^2", "cycles per cell", k, curves["spatial_power"], True, True)
-        k = np.array(curves["temporal_power"]["frequency"]) * hours / layout.step_hours
-        label = f"cycles per {unit}"
-        self.curve(f"temporal power, ({units})^2", label, k, curves["temporal_power"], True, True)
-
     def map(self, title, x, scale, label):
         """A field (H, W) with its colour bar."""
         x0, y0 = self.panel(title)
         factor = min(282 / x.shape[1], 265 / x.shape[0])
-        factor = math.floor(factor) if factor >= 1 else factor
+        factor = math.floor(factor) or factor
         w, h = max(1, round(x.shape[1] * factor)), max(1, round(x.shape[0] * factor))
         self.image.paste(tile(x, scale, (w, h)), (x0 + 20, y0 + 40))
         self.draw.rectangle((x0 + 19, y0 + 39, x0 + 20 + w, y0 + 40 + h), outline=INK)
@@ -1097,37 +1083,38 @@ class Page:
 
 def verification_picture(path, result, variable, layout):
     """Quantiles, spectra, maxima, autocorrelation and the bias of the mean, from `compare`."""
-    curves, units = result["curves"], variable.units or "1"
-    heading = f"{variable.long_name or variable.name}: {result['samples']} samples (red) against "
-    heading += f"{result['held_out_clips']} held-out clips (black)"
+    curves, (unit, _, hours) = result["curves"], unit_of_time(layout)
+    heading = f"{result['samples']} samples (red) against {result['held_out_clips']} held-out clips (black)"
     heading += " and the exact law (blue)" * ("exact" in curves["quantiles"])
-    page = Page(heading + "; grey: where 95 % of perfect sample sets lie")
-    page.quantiles_and_spectra(curves, variable, layout)
-    page.curve(f"maximum of a clip, {units}", "return period, clips", RETURNS, curves["returns"], logx=True)
-    unit, _, hours = unit_of_time(layout)
+    heading += "; grey: where 95 % of perfect sample sets lie"
+    page = Page(heading, curves, variable, layout)
+    title = f"maximum of a clip, {variable.units or 1}"
+    page.curve(title, "return period, clips", RETURNS, curves["returns"], logx=True)
     lags = np.arange(len(curves["autocorrelation"]["samples"])) * layout.step_hours / hours
     page.curve("autocorrelation", f"lag, {unit}s", lags, curves["autocorrelation"])
     bias = layout.north_up(np.array(result["bias_map"], dtype=float))
-    reach = float(np.nanquantile(np.abs(bias), 0.99)) if np.isfinite(bias).any() else 1.0
     what, label = ("mean", "fraction") if variable.floor == 0 else ("standard deviation", "std")
-    page.map(f"bias of the mean / {what}", bias, (-(reach or 1.0), reach or 1.0, DIVERGING, 1.0), label)
+    page.map(f"bias of the mean / {what}", bias, scale_of(bias, None, 0.0), label)
     save(path, page.image)
 
 
 def ensemble_picture(path, scores, curves, variable, layout):
     """Scores and ranks of `verify_ensemble`; quantiles and spectra of what was drawn by `compare`."""
-    (unit, _, hours), one, units = unit_of_time(layout), len(scores["lead_hours"]) == 1, variable.units or "1"
-    lead, when, members = np.divide(scores["lead_hours"], hours), f"lead time, {unit}s", scores["members"]
-    heading = f"{variable.long_name or variable.name}: {members} members, {scores['conditions']} conditions"
-    page = Page(heading + "; what was generated (red) and what then came (black)")
-    page.quantiles_and_spectra(curves, variable, layout)
+    (unit, _, hours), units, members = unit_of_time(layout), variable.units or "1", scores["members"]
+    heading = f"{members} members, {scores['conditions']} conditions"
+    heading += "; what was generated (red) and what then came (black)"
+    page = Page(heading, curves, variable, layout)
+
+    def by_lead(title, colours):
+        lead = np.divide(scores["lead_hours"], hours)
+        lines = [(label, lead, scores[k], colour, len(lead) == 1) for label, k, colour in colours]
+        page.plot(f"{title}, {units}", f"lead time, {unit}s", lines)
+
     others = [k for k in scores if k.startswith("crps_")]
-    lines = [(k[5:], lead, scores[k], colour, one) for k, colour in zip(others, (LAW, TRUTH))]
-    page.plot(f"CRPS, {units}", when, [("ensemble", lead, scores["crps"], DRAWN, one), *lines])
+    others = [(k[5:], k, colour) for k, colour in zip(others, (LAW, TRUTH))]
+    by_lead("CRPS", [("ensemble", "crps", DRAWN), *others])
     if members > 1:
-        spread = ("spread", lead, scores["spread"], DRAWN, one)
-        error = ("RMSE of the mean", lead, scores["rmse"], TRUTH, one)
-        page.plot(f"spread and error, {units}", when, [spread, error])
+        by_lead("spread and error", [("spread", "spread", DRAWN), ("RMSE of the mean", "rmse", TRUTH)])
         share, rank = np.array(scores["rank_histogram"]) * (members + 1), np.arange(members + 1)
         lines = [("calibrated", rank, np.ones(members + 1), TRUTH, False), ("", rank, share, DRAWN, True)]
         lines.append(("", (0, 0), (0, 2), GREY, False))  # an axis from 0 to 2 at least
@@ -1345,6 +1332,8 @@ def main(argv=None):
         emerging = diffusion.Levels("logsnr", *law.emergence(margin=5.0))
         law = law.map(lambda a: a.to(model.denoiser.gaussian.mean.device))
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
+    if law:  # nothing is known of the box
+        problem.y = problem.mask = torch.zeros(c.num_samples, *law.variances.shape)
     whole = problem.factor > 1 or c.task in ("encode", "morph") or c.obs_std > 0
     what = "superres, encode, morph and --obs_std belong to a single window of frames"
     advice = f"use --frames={problem.y.shape[2]} or a shorter --length"
