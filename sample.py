@@ -384,15 +384,15 @@ class Sampler:
 
     def start(self, denoise, like, indices, rows, window, noise):
         """z (B, C, T, H, W) at the first level of samples `indices` of conditions `rows`."""
-        if self.c.task == "morph":
+        start, level = TASKS[self.c.task].start, self.grid[:1].expand(len(rows))
+        if start == "morph":
             last = self.c.num_samples - 1
             return torch.stack([diffusion.interpolate(*self.ends, i / last) for i in indices])
-        if self.c.task == "encode":
-            return encode(denoise, self.x[rows].to(like), self.grid)
-        level = self.grid[:1].expand(len(rows))
-        edit = self.c.task == "edit"
-        x = self.x[rows][:, :, window].to(like) if edit else denoise(torch.zeros_like(like), level)
-        return diffusion.diffuse(x, level, noise(x))
+        if start == "noise":
+            x = denoise(torch.zeros_like(like), level)
+        else:
+            x = self.x[rows][:, :, window].to(like)
+        return encode(denoise, x, self.grid) if start == "encode" else diffusion.diffuse(x, level, noise(x))
 
     def draw(self, indices, advance):
         """Standardised clips (B, C, L, H, W), window by window; advance(B) is called after every step."""
@@ -479,6 +479,10 @@ def decibels(power):
     return 10 * np.log10(power)
 
 
+def rms(d, weights):
+    return np.sqrt(np.mean(d**2))
+
+
 STATISTICS = [  # (label, unit of the error, what `statistics` returns -> number; an empty array: no such row)
     ("mean", NATURAL, lambda s: s["mean"]),
     ("standard deviation", "%", lambda s: s["std"]),
@@ -495,14 +499,10 @@ STATISTICS = [  # (label, unit of the error, what `statistics` returns -> number
     ("autocorrelation, lag 6", "", lambda s: s["autocorrelation"][6:7]),
 ]
 DISTANCES = [  # (label, unit, what `statistics` returns -> array, sizes of differences and weights -> error)
-    ("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), lambda d, w: rms(d)),
-    ("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), lambda d, w: rms(d)),
+    ("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), rms),
+    ("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), rms),
     (BIAS, NATURAL, lambda s: s["map"], lambda d, w: area_mean(d, None, w)),
 ]
-
-
-def rms(d):
-    return np.sqrt(np.mean(d**2))
 
 
 def area_mean(a, axis, area=None):
@@ -654,8 +654,8 @@ def unit_and_scale(unit, value, std, floor):
 def compare_rows(draws, table, exact, floor=None, weights=None):
     """(rows, {curve: its values and band}, differences by row) of a table of statistics.
 
-    draws: [what `statistics` says of samples, of held-out clips], of all, then of every resample. The
-    reference is what the exact law says, else the held-out clips.
+    draws: [statistics of samples, of held-out clips], of all, then of every resample; the reference is what
+    the exact law says, else the held-out clips.
     """
     s, t = next(draws)
     reference = t | exact
@@ -718,7 +718,7 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
     how = {"edges": values_to_count(samples, truth), "wet": wet, "weights": weights, "centre": centre}
     draws = bootstrap(samples, truth, partial(tally, **how), groups, paired)
     draws = ([statistics(S, **how) for S in draw] for draw in draws)
-    with np.errstate(all="ignore"):  # what has no value is NaN here and null in the result
+    with np.errstate(all="ignore"):  # what has no value is null in the result
         rows, curves, differences = compare_rows(draws, STATISTICS + DISTANCES, exact, floor, weights)
     T, H, W = samples.shape[1:]
     curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, RETURNS
@@ -1152,7 +1152,8 @@ def write_results(c, model, problem, x, history, folder):
     written = data.write_samples(folder, fields, layout, history, lead, reference)
     for i, variable in enumerate(model.codec.variables):
         rows = picture_rows(x, problem, model.codec, c.members, i)
-        names = [file_name("samples", i, variable, suffix) for suffix in ("png", "gif")]
+        stem = f"samples_{variable.name}" if i else "samples"
+        names = [f"{stem}.png", f"{stem}.gif"]
         contact_sheet(folder / names[0], rows, variable, layout, lead)
         animation(folder / names[1], rows, variable, layout)
         written += names
@@ -1181,11 +1182,6 @@ def held_out_clips(model, frames):
     starts = data.apart(data.split_windows(record, model.settings.frames)[1], model.settings.frames)
     values = len(model.layout.names) * frames * math.prod(model.layout.size)
     return data.read_clips(record, data.thin(starts, min(4000, max(20, 2**28 // values))), frames)
-
-
-def file_name(stem, i, variable, suffix="png"):
-    """Of the i-th variable: the first has the plain name."""
-    return f"{stem}{f'_{variable.name}' if i else ''}.{suffix}"
 
 
 def in_pieces(x, n):
@@ -1246,7 +1242,7 @@ def verify_samples(c, model, problem, x, folder):
             again = model.codec.decode(model.codec.encode(truth), valid=True)[:, i]
             result["autoencoder"] = compare(again, truth[:, i], paired=True, **how)["rows"]
             print_rows("held-out clips through the autoencoder", result["autoencoder"])
-        picture = folder / file_name("verify", i, variable)
+        picture = folder / (f"verify_{variable.name}.png" if i else "verify.png")
         if unseen is None:
             verification_picture(picture, result, variable, layout)
             result |= verify_sequences(x[:, i], variable, problem.windows, s.frames, how)
@@ -1309,13 +1305,10 @@ def draw_all(c, sampler, folder, digest, rank, world):
     sampler.run(parts, missing[rank::world], rank)
     if world > 1:
         torch.distributed.barrier()
-    if rank > 0:
-        return None, parts
-    if missing:
-        seconds = time.perf_counter() - begin
-        drawn = c.num_samples - done
+    if missing and rank == 0:
+        seconds, drawn = time.perf_counter() - begin, c.num_samples - done
         print(f"{drawn} clips in {seconds:.0f} s ({drawn / seconds:.2f} clips/s)")
-    return sampler.decode(parts), parts
+    return sampler.decode(parts) if rank == 0 else None, parts
 
 
 @torch.no_grad()
@@ -1339,24 +1332,21 @@ def main(argv=None):
     advice = f"use --frames={problem.y.shape[2]} or a shorter --length"
     require(not whole or len(problem.windows) == 1, f"{what}: {advice}")
     folder = Path(c.out_dir) / "samples"
+    command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
+    history = f"{command}: sampler {c.sampler}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
+    history += f", trained with --select={model.settings.select}" * bool(model.settings.select)
     with train.locked(folder) if rank == 0 else nullcontext():
         x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
         if rank > 0:
             return
-        for name in ("verify.json", "verify.png"):  # of an earlier run
-            (folder / name).unlink(missing_ok=True)
-        command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
-        history = f"{command}: sampler {c.sampler}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
-        history += f", trained with --select={model.settings.select}" * bool(model.settings.select)
+        for path in folder.glob("verify*"):  # of an earlier run
+            path.unlink()
         written = write_results(c, model, problem, x, history, folder)
         if c.verify and TASKS[c.task].start in ("noise", "edit"):
             report = verify_samples(c, model, problem, x, folder)
             with data.replacing(folder / "verify.json") as f:
                 f.write(json.dumps(report, indent=1, allow_nan=False).encode())
-            written += [
-                "verify.json",
-                *(file_name("verify", i, v) for i, v in enumerate(model.codec.variables)),
-            ]
+            written += sorted(path.name for path in folder.glob("verify*"))
         del x
         shutil.rmtree(parts)
     print(f"\n{folder}/: {', '.join(written)}")
