@@ -9,6 +9,7 @@ what a setting may be, and which task, sampler or method it belongs to.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 if __name__ == "__main__":  # torch takes seconds to import: until run_main, Ctrl-C ends without a traceback
@@ -380,44 +382,34 @@ class Sampler:
             told = None if problem.told is None else problem.told[[0, -1]].to(self.device)
             self.ends = encode(partial(model.denoiser.denoise, cond=told), ends, grid)
 
-    def start(self, denoise, like, indices, rows, noise):
+    def start(self, denoise, like, indices, rows, window, noise):
         """z (B, C, T, H, W) at the first level of samples `indices` of conditions `rows`."""
-        if self.c.task == "morph":
+        start, level = TASKS[self.c.task].start, self.grid[:1].expand(len(rows))
+        if start == "morph":
             last = self.c.num_samples - 1
             return torch.stack([diffusion.interpolate(*self.ends, i / last) for i in indices])
-        if self.c.task == "encode":
-            return encode(denoise, self.x[rows].to(like), self.grid)
-        level = self.grid[:1].expand(len(rows))
-        x = self.x[rows].to(like) if self.c.task == "edit" else denoise(torch.zeros_like(like), level)
-        return diffusion.diffuse(x, level, noise(x))
-
-    def chain(self, denoise, known, indices, rows, noise, advance):
-        """One window, from the first level to a clean field that agrees with what is known."""
-        like = known.lift(known.y)
-        law = self.law or self.model.denoiser.gaussian.frames(like.shape[2])
-        step = make_step(self.c, law, bool(known.mask.any()))
-        z = self.start(denoise, like, indices, rows, noise)
-        for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
-            advance(len(indices))
-        return z
+        if start == "noise":
+            x = denoise(torch.zeros_like(like), level)
+        else:
+            x = self.x[rows][:, :, window].to(like)
+        return encode(denoise, x, self.grid) if start == "encode" else diffusion.diffuse(x, level, noise(x))
 
     def draw(self, indices, advance):
         """Standardised clips (B, C, L, H, W), window by window; advance(B) is called after every step."""
         problem, device = self.problem, self.device
         rows, noise = [i // self.c.members for i in indices], generators(self.c.seed, indices)
-        if self.law:
-            zero = torch.zeros(len(rows), *self.law.variances.shape, device=device)
-            nothing = diffusion.Observation(zero, zero)
-            return self.chain(self.law.denoise, nothing, indices, rows, noise, advance)
-        valid = self.model.codec.valid.to(device)
+        valid = 1 if self.law else self.model.codec.valid.to(device)
         y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
         for window, keep in problem.windows:
-            known = diffusion.Observation(
-                y[:, :, window], mask[:, :, window] * problem.imposed, problem.factor
-            )
+            seen = mask[:, :, window] * problem.imposed
+            known = diffusion.Observation(y[:, :, window], seen, problem.factor)
             told = None if problem.told is None else problem.told[rows][:, :, window].to(device)
-            denoise = make_denoiser(self.c, self.model, known, told)
-            z = self.chain(denoise, known, indices, rows, noise, advance)
+            law = self.law or self.model.denoiser.gaussian.frames(len(window))
+            denoise = law.denoise if self.law else make_denoiser(self.c, self.model, known, told)
+            z = self.start(denoise, known.lift(known.y), indices, rows, window, noise)
+            step = make_step(self.c, law, bool(seen.any()))
+            for z, _ in diffusion.sample(denoise, z, self.grid, step, noise):
+                advance(len(indices))
             if problem.factor > 1:
                 return z
             y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
@@ -474,8 +466,7 @@ def fingerprint(c, digest):
 LEVELS = [1 - 10.0**-n + k * 10.0 ** -(n + 1) for n in range(6) for k in range(9)]  # 0 .. 0.9 .. 0.999998
 RETURNS = (2, 10, 50)  # return periods of the maximum of a clip, in clips
 RESAMPLES, FEWEST_BLOCKS = 400, 5  # of a bootstrap, and below which it says nothing
-POWERS = {"spatial_power": "spatial power", "temporal_power": "temporal power"}
-CURVES = ("quantiles", "returns", "autocorrelation", *POWERS)
+CURVES = ("quantiles", "returns", "autocorrelation", "spatial_power", "temporal_power")
 NATURAL = "natural"  # % for a variable with floor 0 (rain), else standard deviations: no per cent of kelvins
 BIAS = "mean |bias| per cell"
 
@@ -486,6 +477,10 @@ def quantile(s, p):
 
 def decibels(power):
     return 10 * np.log10(power)
+
+
+def rms(d, weights):
+    return np.sqrt(np.mean(d**2))
 
 
 STATISTICS = [  # (label, unit of the error, what `statistics` returns -> number; an empty array: no such row)
@@ -504,14 +499,10 @@ STATISTICS = [  # (label, unit of the error, what `statistics` returns -> number
     ("autocorrelation, lag 6", "", lambda s: s["autocorrelation"][6:7]),
 ]
 DISTANCES = [  # (label, unit, what `statistics` returns -> array, sizes of differences and weights -> error)
-    ("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), lambda d, w: rms(d)),
-    ("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), lambda d, w: rms(d)),
+    ("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), rms),
+    ("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), rms),
     (BIAS, NATURAL, lambda s: s["map"], lambda d, w: area_mean(d, None, w)),
 ]
-
-
-def rms(d):
-    return np.sqrt(np.mean(d**2))
 
 
 def area_mean(a, axis, area=None):
@@ -593,14 +584,14 @@ def bootstrap(samples, truth, sums, groups=None, paired=False):
     blocks drawn with replacement; none of fewer than FEWEST_BLOCKS blocks.
 
     sums: clips -> {name: sum}. Samples are independent, or `groups` runs of them are: a sequence cut in
-    pieces, the members of one condition. Held-out clips are not: see `few`. paired: group i was made of, or
-    for, truth[i], and the two are drawn together. Of n blocks n - 1 are drawn, which gives means their
+    pieces, the members of one condition. Held-out clips are not: see `few`. paired: of the truth, too, there
+    are `groups` runs; group i was made of, or for, the i-th, and the two are drawn together. Of n blocks n - 1 are drawn, which gives means their
     variance (Rao and Wu 1988).
     """
     groups = groups or len(samples)
     counts = [few(groups)] * 2 if paired else [min(groups, 100), few(len(truth))]
     blocks = []
-    for x, n, units in zip((samples, truth), counts, (groups, len(truth))):
+    for x, n, units in zip((samples, truth), counts, (groups, groups if paired else len(truth))):
         at = np.linspace(0, units, n + 1).astype(int) * (len(x) // units)
         parts = [sums(x[i:j]) for i, j in zip(at, at[1:])]
         blocks.append({k: np.array([p[k] for p in parts], np.float64) for k in parts[0]})  # (n, ...)
@@ -636,71 +627,66 @@ def table_row(unit, error, drawn, values=()):
     return plain(row | {"within_sampling_error": within})
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What `statistics` says of samples and of held-out clips, and what is known exactly (data.rain_law)."""
-
-    samples: dict
-    held_out: dict
-    exact: dict
-
-    def values(self, of):
-        """{"samples": value, "held_out": value} of a statistic, and "exact" where the law says it."""
-        values = {"samples": np.asarray(of(self.samples)), "held_out": np.asarray(of(self.held_out))}
-        try:
-            return values | {"exact": np.asarray(of(self.exact))}
-        except KeyError:
-            return values
-
-    def reference(self, of):
-        values = self.values(of)
-        return values.get("exact", values["held_out"])
-
-    def difference(self, of):
-        return of(self.samples) - self.reference(of)
+def values_of(of, samples, held_out, exact):
+    """A statistic of samples, of held-out clips and, where it is known, of the exact law."""
+    try:
+        return [of(samples), of(held_out), of(exact)]
+    except KeyError:
+        return [of(samples), of(held_out)]
 
 
-def unit_and_scale(unit, of, pair, floor):
-    """(unit of an error, what a difference is divided by for it: NaN where that means nothing)."""
+def unit_and_scale(unit, value, std, floor):
+    """(unit of an error, what a difference is divided by for it: NaN where that means nothing).
+
+    value, std: the statistic and the standard deviation of the reference.
+    """
     if unit == NATURAL:
         unit = "%" if floor == 0 else "std"
     if unit == "std":
-        return unit, pair.reference(lambda s: s["std"]) or np.nan
+        return unit, std or np.nan
     if unit != "%":
         return unit, 1.0
-    size = np.abs(pair.reference(of))
+    size = np.abs(value)
     least = 0.1 * np.nanmean(size) if size.ndim == 2 else 0.0  # no ratio to cells where it hardly ever rains
     return unit, np.where(size > least, size, np.nan)
 
 
-def compare_rows(pairs, floor, weights):
-    """(rows, the Pair of all clips, differences per cell, {curve: its band}) of the Pairs of `bootstrap`."""
-    pair = next(pairs)
-    table = [(*row, None) for row in STATISTICS if np.size(row[2](pair.samples))]
-    table += [row for row in DISTANCES if np.size(row[2](pair.samples))]
-    scales = [unit_and_scale(unit, of, pair, floor) for _, unit, of, _ in table]
-    found = [pair.difference(of) / scale for (*_, of, _), (_, scale) in zip(table, scales)]
-    drawn, curves = [[] for _ in table], {k: [] for k in CURVES}
-    for other in pairs:
-        for i, (*_, of, size) in enumerate(table):
-            d = other.difference(of) / scales[i][1]
-            drawn[i].append(size(np.abs(d - found[i]), weights) if size else d.item())
-        for k in CURVES:
-            curves[k].append(other.difference(lambda s: s[k]))
-    rows = {}
-    for i, (label, _, of, size) in enumerate(table):
-        error = size(np.abs(found[i]), weights) if size else found[i].item()
-        values = () if size else [v.item() for v in pair.values(of).values()]
-        rows[label] = table_row(scales[i][0], error, drawn[i], values)
+def compare_rows(draws, table, exact, floor=None, weights=None):
+    """(rows, {curve: its values and band}, differences by row) of a table of statistics.
+
+    draws: [statistics of samples, of held-out clips], of all, then of every resample; the reference is what
+    the exact law says, else the held-out clips.
+    """
+    s, t = next(draws)
+    reference = t | exact
+    table = [row for row in table if np.size(row[2](s))]
+    scales = [unit_and_scale(unit, of(reference), reference["std"], floor) for _, unit, of, *_ in table]
+    found = [(of(s) - of(reference)) / scale for (_, _, of, *_), (_, scale) in zip(table, scales)]
+    drawn, offsets = [[] for _ in table], {k: [] for k in CURVES if k in s}
+    for a, b in draws:
+        b = b | exact
+        for (_, _, of, *size), (_, scale), whole, errors in zip(table, scales, found, drawn):
+            d = (of(a) - of(b)) / scale
+            errors.append(size[0](np.abs(d - whole), weights) if size else d.item())
+        for k, draw in offsets.items():
+            draw.append(a[k] - b[k])
+    rows, curves = {}, {}
+    for (label, _, of, *size), (unit, _), error, errors in zip(table, scales, found, drawn):
+        if size:
+            error = size[0](np.abs(error), weights)
+            rows[label] = table_row(unit, error, errors)
+        else:
+            values = [np.asarray(v).item() for v in values_of(of, s, t, exact)]
+            rows[label] = table_row(unit, error.item(), errors, values)
         if label == BIAS:  # independent errors add in squares
-            beyond = np.sqrt(np.maximum(error**2 - np.mean(drawn[i] or np.nan) ** 2, 0.0))
-            rows["mean |bias| beyond sampling"] = table_row(scales[i][0], beyond, ())
-    bands = {}
-    for k, draws in curves.items():
-        if draws:
-            d = np.quantile(draws, (0.025, 0.975), axis=0) - pair.difference(lambda s: s[k])
-            bands[k] = pair.reference(lambda s: s[k]) + d  # where 95 % of perfect sample sets lie
-    return rows, pair, found[-1], bands
+            beyond = np.sqrt(np.maximum(error**2 - np.mean(errors or np.nan) ** 2, 0.0))
+            rows["mean |bias| beyond sampling"] = table_row(unit, beyond, ())
+    for k, draw in offsets.items():
+        curves[k] = dict(zip(("samples", "held_out", "exact"), values_of(itemgetter(k), s, t, exact)))
+        if draw:  # where 95 % of perfect sample sets lie
+            low_high = np.quantile(draw, (0.025, 0.975), axis=0)
+            curves[k]["band"] = reference[k] + low_high - (s[k] - reference[k])
+    return rows, curves, found
 
 
 def values_to_count(samples, truth):
@@ -722,9 +708,8 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
     have no value at all.
     """
     for what, x in (("samples", samples), ("held-out clips", truth)):
-        if not np.isfinite(x).any():
-            raise data.InputError(f"nothing to compare: all of the {what} is missing; try --verify=false")
-    wet, note = math.inf if floor is None else floor + dry, ""
+        require(np.isfinite(x).any(), f"nothing to compare: all of the {what} is missing; try --verify=false")
+    wet, note, exact = math.inf if floor is None else floor + dry, "", exact or {}
     if floor is not None and not (truth > wet).any():
         note = "The held-out clips are all dry: an error relative to them means nothing and is left out (-)."
         truth = np.where(np.isfinite(truth), floor, truth)  # rounding errors have no spectrum
@@ -732,21 +717,16 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
     weights = np.ones(truth.shape[2]) if weights is None else weights
     how = {"edges": values_to_count(samples, truth), "wet": wet, "weights": weights, "centre": centre}
     draws = bootstrap(samples, truth, partial(tally, **how), groups, paired)
-    pairs = (Pair(*(statistics(S, **how) for S in draw), exact or {}) for draw in draws)
-    with np.errstate(all="ignore"):  # what has no value is NaN here and null in the result
-        rows, pair, bias, bands = compare_rows(pairs, floor, weights)
-        curves = {k: pair.values(lambda s: s[k]) for k in CURVES}
-    for k, band in bands.items():
-        curves[k]["band"] = band
+    draws = ([statistics(S, **how) for S in draw] for draw in draws)
+    with np.errstate(all="ignore"):  # what has no value is null in the result
+        rows, curves, differences = compare_rows(draws, STATISTICS + DISTANCES, exact, floor, weights)
     T, H, W = samples.shape[1:]
     curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, RETURNS
     curves["spatial_power"]["frequency"] = spatial_spectrum(np.zeros((1, 1, H, W)))[0]
     curves["temporal_power"]["frequency"] = temporal_spectrum(np.zeros((1, T, 1, 1)))[0]
-    maps = [pair.samples["map"], pair.reference(lambda s: s["map"]), bias]
-    maps = [np.vectorize("{:.4g}".format)(a).astype(float) for a in maps]
+    bias = np.vectorize("{:.4g}".format)(differences[-1]).astype(float)
     out = {"samples": len(samples), "held_out_clips": len(truth), "note": note, "rows": rows}
-    out |= {"curves": curves, "mean_map": {"samples": maps[0], "reference": maps[1]}, "bias_map": maps[2]}
-    return plain(out)
+    return plain(out | {"curves": curves, "bias_map": bias})
 
 
 def cross_correlations(samples, truth, names, weights=None, groups=None, paired=False):
@@ -764,17 +744,14 @@ def cross_correlations(samples, truth, names, weights=None, groups=None, paired=
     def correlation(S):
         m = S["sum"] / S["count"]
         C = S["product"] / S["count"] - np.outer(m, m)
-        return C / np.sqrt(np.outer(np.diag(C), np.diag(C)))
+        std = np.sqrt(np.diag(C))
+        return {(i, j): C[i, j] / (std[i] * std[j]) for i, j in pairs} | {"std": None}
 
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    table = [(f"{names[i]} with {names[j]}", "", itemgetter((i, j))) for i, j in pairs]
+    draws = bootstrap(samples, truth, products, groups, paired)
     with np.errstate(all="ignore"):
-        pairs = [
-            [correlation(S) for S in draw] for draw in bootstrap(samples, truth, products, groups, paired)
-        ]
-    (s, t), rows = pairs[0], {}
-    for i, j in zip(*np.triu_indices(len(names), 1)):
-        errors = [a[i, j] - b[i, j] for a, b in pairs[1:]]
-        rows[f"{names[i]} with {names[j]}"] = table_row("", s[i, j] - t[i, j], errors, (s[i, j], t[i, j]))
-    return rows
+        return compare_rows(([correlation(S) for S in draw] for draw in draws), table, {})[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -843,45 +820,6 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
     return plain(out)
 
 
-def drift(x, y, joins, frames, floor=None, dry=0.01, area=None):
-    """Do long sequences (N, L, H, W) stay what they were? {statistic: [in the first `frames`, in the last,
-    ratio, low, high]}, the 95 % interval by a bootstrap over sequences if there are five.
-
-    x physical, y transformed (of rain itself a few storms decide the variance). joins: frames at which a
-    window began to be new; the correlation with the frame before is compared with that elsewhere. area (H,):
-    weights of rows, not of spectra.
-    """
-
-    def mean(a):
-        return area_mean(a, (1, 2, 3), area)  # (N,)
-
-    y = y - np.nanmean(y)
-    fields = {
-        "mean": x,
-        "variance, transformed": y**2,
-        "share above quantile 0.99": x > np.nanquantile(x, 0.99),
-    }
-    if floor is not None:
-        fields["wet fraction"] = x > floor + dry
-    pairs = {}
-    for name, a in fields.items():
-        a = np.where(np.isnan(x), np.nan, a)
-        pairs[name] = mean(a[:, :frames]), mean(a[:, -frames:])
-    within = area_mean((y - area_mean(y, (2, 3))[..., None, None]) ** 2, (2, 3))  # (N, L)
-    pairs["variance within a frame, transformed"] = within[:, :frames].mean(1), within[:, -frames:].mean(1)
-    products, at = y[:, 1:] * y[:, :-1] / (np.nanvar(y) or np.nan), np.isin(np.arange(1, x.shape[1]), joins)
-    label = "lag-1 autocorrelation, transformed, inside and across joins"
-    pairs[label] = mean(products[:, ~at]), mean(products[:, at])
-    N, out = len(x), {}
-    drawn = np.random.default_rng(0).multinomial(N - 1, np.full(N, 1 / N), 1000)  # as in `bootstrap`
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for name, (a, b) in pairs.items():
-            out[name] = [a.mean(), b.mean(), b.mean() / a.mean()]
-            if N >= FEWEST_BLOCKS:
-                out[name] += np.quantile((drawn @ b) / (drawn @ a), (0.025, 0.975)).tolist()
-    return plain(out)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # tables
 
@@ -902,9 +840,9 @@ def shown(value, unit, sign="+"):
     return formats[unit].replace("S", sign).format(100 * value if unit == "pt" else value)
 
 
-def print_rows(heading, rows, note=""):
+def print_rows(heading, rows, note="", columns=("samples", "held-out", "exact law")):
     """Rows of `compare` or of `cross_correlations`, under a heading, and a sentence on them."""
-    columns = ("samples", "held-out", "exact law")[: max(len(row["values"]) for row in rows.values())]
+    columns = columns[: max(len(row["values"]) for row in rows.values())]
     columns = "".join(f"{c:>12}" for c in columns)
     print(f"\n{heading:<32}{columns}{'error':>12}   95 % interval of the error")
     for label, row in rows.items():
@@ -942,15 +880,6 @@ def print_ensemble(variable, scores):
         print(f"  share of each rank, times members + 1 (1.00 if calibrated): {ranks}")
 
 
-def print_drift(drift, frames):
-    """What `drift` found between the first and the last frames of long sequences."""
-    heading = f"from the first {frames} frames to the last"
-    print(f"  {heading:<62}{'first':>11}{'last':>11}{'ratio':>11}  95 % interval")
-    for label, values in drift.items():
-        first, last, ratio, *ends = (number(v) for v in values)
-        print(f"  {label:<62} {first:>10} {last:>10} {ratio:>10}  {' .. '.join(ends)}".rstrip())
-
-
 # ------------------------------------------------------------------------------------------------------------
 # pictures
 
@@ -969,13 +898,13 @@ def save(path, image, **options):
         image.save(f, path.suffix[1:].upper(), **options)
 
 
-def scale_of(x, floor):
+def scale_of(x, floor, mean=None):
     """(low, high, palette, gamma): from a floor of 0 up (rain), else around the mean. gamma < 1 spreads the
     low values."""
     x = x[np.isfinite(x)] if np.isfinite(x).any() else np.zeros(1)
     if floor == 0:
         return 0.0, float(np.quantile(x, 0.999)) or 1.0, RAIN, 0.5
-    mean = float(x.mean())
+    mean = float(x.mean()) if mean is None else mean
     reach = float(np.quantile(np.abs(x - mean), 0.995)) or 1.0
     return mean - reach, mean + reach, DIVERGING, 1.0
 
@@ -1008,6 +937,16 @@ def unit_of_time(layout):
     return next((u for u in units if layout.step_hours >= u[2]), units[-1])
 
 
+def mosaic(fields, columns, scale, factor):
+    """A picture of fields (H, W) in rows of so many, `factor` pixels a cell, 4 pixels apart."""
+    h, w = (n * factor for n in fields[0].shape)
+    image = Image.new("RGB", (columns * (w + 4), -(-len(fields) // columns) * (h + 4)), GREY)
+    for i, x in enumerate(fields):
+        corner = (i % columns * (w + 4) + 2, i // columns * (h + 4) + 2)
+        image.paste(tile(x, scale, (w, h)), corner)
+    return image
+
+
 def contact_sheet(path, rows, variable, layout, lead_hours):
     """Clips as rows of at most 12 frames, those known framed, in one colour scale; lead_hours (T,) above.
 
@@ -1015,26 +954,23 @@ def contact_sheet(path, rows, variable, layout, lead_hours):
     """
     _, sign, hours = unit_of_time(layout)
     chosen = np.unique(np.linspace(0, len(lead_hours) - 1, min(len(lead_hours), 12)).astype(int))
-    H, W = rows[0][1].shape[-2:]
+    fields = [layout.north_up(x[t]) for _, x, _ in rows for t in chosen]
     scale = scale_of(np.stack([x for _, x, _ in rows]), variable.floor)
-    factor = max(1, round(104 / max(H, W)))
-    w, h, gap, left, top = W * factor, H * factor, 4, 64, 50
-    right, bottom = left + len(chosen) * (w + gap), top + len(rows) * (h + gap)
-    image = Image.new("RGB", (right + 96, bottom + 8), WHITE)
+    clips = mosaic(fields, len(chosen), scale, max(1, round(104 / max(fields[0].shape))))
+    w, h, left, top = clips.width // len(chosen), clips.height // len(rows), 64, 50
+    image = Image.new("RGB", (left + clips.width + 96, top + clips.height + 8), WHITE)
+    image.paste(clips, (left, top))
     draw = ImageDraw.Draw(image)
     framed = ", framed where known" if any(known.any() for *_, known in rows) else ""
     write(draw, (left, 6), f"{variable.long_name or variable.name}: generated clips{framed}", 14)
     for k, t in enumerate(chosen):
-        write(draw, (left + k * (w + gap) + w / 2, top - 6), f"{lead_hours[t] / hours:+.3g} {sign}", 11, "ms")
-    for i, (label, x, known) in enumerate(rows):
-        y = top + i * (h + gap)
+        write(draw, (left + (k + 0.5) * w, top - 4), f"{lead_hours[t] / hours:+.3g} {sign}", 11, "ms")
+    for i, (label, _, known) in enumerate(rows):
+        y = top + i * h
         write(draw, (left - 8, y + h / 2), label, 11, "rm")
-        for k, t in enumerate(chosen):
-            x0 = left + k * (w + gap)
-            image.paste(tile(layout.north_up(x[t]), scale, (w, h)), (x0, y))
-            frame = (INK, 2) if known[t] else (GREY, 1)
-            draw.rectangle((x0 - 1, y - 1, x0 + w, y + h), outline=frame[0], width=frame[1])
-    colour_bar(image, right + 12, top + 6, min(bottom - top, 260) - 10, scale, variable.units)
+        for x in left + w * np.flatnonzero(known[chosen]):
+            draw.rectangle((x, y, x + w - 1, y + h - 1), outline=INK, width=2)
+    colour_bar(image, left + clips.width + 12, top + 6, min(clips.height, 260) - 10, scale, variable.units)
     save(path, image)
 
 
@@ -1042,46 +978,50 @@ def animation(path, rows, variable, layout):
     """A looping GIF of the same rows, beside each other or, where all have one kind of label, in a square."""
     square = len({label.split()[0] for label, *_ in rows}) == 1
     side = math.isqrt(len(rows)) if square else len(rows)
-    x = np.stack([layout.north_up(x) for _, x, _ in rows[: side * side]])  # (N, T, H, W)
+    x = np.stack([layout.north_up(x) for _, x, _ in rows[: side * side]], 1)  # (T, N, H, W)
     scale, factor = scale_of(x, variable.floor), max(1, round(128 / max(x.shape[-2:])))
-    w, h, frames = x.shape[-1] * factor, x.shape[-2] * factor, []
-    for t in range(x.shape[1]):
-        frame = Image.new("RGB", (side * (w + 4), -(-len(x) // side) * (h + 4)), GREY)
-        for i in range(len(x)):
-            frame.paste(tile(x[i, t], scale, (w, h)), (i % side * (w + 4) + 2, i // side * (h + 4) + 2))
-        frames.append(frame.quantize(96))
+    frames = [mosaic(fields, side, scale, factor).quantize(96) for fields in x]
     save(path, frames[0], save_all=True, append_images=frames[1:], duration=250, loop=0)
 
 
 def axis(values, log, start, stop):
     """(function from values to pixels, about six round values to mark) of an axis between two pixels."""
-    values = np.asarray(values, float)
-    u = np.log10(values) if log else values
+
+    def scaled(v):
+        v = np.asarray(v, float)
+        return np.log10(np.where(v > 0, v, np.nan)) if log else v
+
+    def at(v):
+        return start + (np.clip(scaled(v), low, high) - low) / (high - low) * (stop - start)
+
+    u = scaled(values)
     u = u[np.isfinite(u)] if np.isfinite(u).any() else np.zeros(1)
     margin = 0.06 * np.ptp(u) or abs(u[0]) * 0.1 or 1.0
     low, high = u.min() - margin, u.max() + margin
-
-    def at(v):
-        u = np.log10(np.maximum(v, 1e-300)) if log else np.asarray(v)
-        return start + (np.clip(u, low, high) - low) / (high - low) * (stop - start)
-
-    if log and high - low < 3:  # less than three decades
-        marks = np.outer(10.0 ** np.arange(math.floor(low), math.ceil(high)), (1, 2, 5)).ravel()
-        return at, [v for v in marks if low <= math.log10(v) <= high]
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
-    step = max(1, round(step)) if log else step
-    marks = [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return at, [10.0**v for v in marks] if log else marks
+    marks = step * np.arange(math.ceil(low / step), high / step)
+    if log:
+        decades = 10.0 ** np.arange(math.floor(low), high, max(1, round(step)))
+        marks = np.outer(decades, (1, 2, 5) if high - low < 3 else 1).ravel()
+    return at, marks[(low <= scaled(marks)) & (scaled(marks) <= high)]
 
 
 class Page:
-    """A picture of two rows of three panels under a heading; panels are added one after the other."""
+    """A picture of two rows of three panels; those of quantiles and of spectra, from `compare`, come first."""
 
-    def __init__(self, heading):
+    def __init__(self, heading, curves, variable, layout):
         self.image = Image.new("RGB", (1200, 715), WHITE)
         self.draw, self.panels = ImageDraw.Draw(self.image), 0
-        write(self.draw, (12, 8), heading, 14)
+        write(self.draw, (12, 8), f"{variable.long_name or variable.name}: {heading}", 14)
+        units, (unit, _, hours) = variable.units or "1", unit_of_time(layout)
+        held_out = curves["quantiles"]["held_out"]
+        self.curve(f"quantiles, {units}", f"held-out, {units}", held_out, curves["quantiles"])
+        waves = ("spatial", "cell", 1.0), ("temporal", unit, hours / layout.step_hours)
+        for which, what, per in waves:
+            power = curves[f"{which}_power"]
+            k = per * np.array(power["frequency"])
+            self.curve(f"{which} power, ({units})^2", f"cycles per {what}", k, power, True, True)
 
     def panel(self, title):
         """Corner (x, y) of the next panel, 392 x 325 pixels."""
@@ -1095,13 +1035,12 @@ class Page:
         x0, y0 = self.panel(title)
         left, right, top, bottom = x0 + 58, x0 + 380, y0 + 30, y0 + 285
         write(self.draw, ((left + right) / 2, y0 + 317), xlabel, 12, "mm")
-        clean = []
-        for label, x, y, colour, points in lines:
-            x, y = np.asarray(x, float), np.asarray(y, float)
-            keep = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not logx)) & ((y > 0) | (not logy))
-            clean.append((label, x[keep], y[keep], colour, points))
-        across, xmarks = axis(np.concatenate([line[1] for line in clean] or [0]), logx, left, right)
-        up, ymarks = axis(np.concatenate([line[2] for line in clean] or [0]), logy, bottom, top)
+        across, xmarks = axis(np.concatenate([x for _, x, *_ in lines]), logx, left, right)
+        up, ymarks = axis(np.concatenate([y for _, _, y, *_ in lines]), logy, bottom, top)
+
+        def pixels(x, y):
+            return [(a, b) for a, b in zip(across(x), up(y)) if math.isfinite(a + b)]
+
         for v in xmarks:
             self.draw.line((across(v), top, across(v), bottom), fill=GREY)
             write(self.draw, (across(v), bottom + 4), f"{v:.3g}", 11, "ma")
@@ -1109,18 +1048,16 @@ class Page:
             self.draw.line((left, up(v), right, up(v)), fill=GREY)
             write(self.draw, (left - 5, up(v)), f"{v:.3g}", 11, "rm")
         if band is not None:
-            x, low, high = (np.asarray(v, float) for v in band)
-            keep = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
-            x, low, high = across(x[keep]), up(low[keep]), up(high[keep])
-            if len(x) > 1:
-                self.draw.polygon([*zip(x, low), *zip(x[::-1], high[::-1])], fill=BAND)
-        rises = len(clean[0][2]) and clean[0][2][-1] > clean[0][2][0]  # labels go to the corner that is free
-        for n, (label, x, y, colour, points) in enumerate(clean):
-            pixels = list(zip(across(x), up(y)))
-            for a, b in pixels if points else ():
+            x, low, high = band
+            if len(pixels(x, low)) > 1:
+                self.draw.polygon(pixels(x, low) + pixels(x, high)[::-1], fill=BAND)
+        first = [y for _, y in pixels(*lines[0][1:3])] or [0]
+        rises = first[-1] < first[0]  # labels go to the corner that is free; pixels count from the top
+        for n, (label, x, y, colour, points) in enumerate(lines):
+            for a, b in pixels(x, y) if points else ():
                 self.draw.ellipse((a - 3, b - 3, a + 3, b + 3), outline=colour, width=2)
-            if not points and len(pixels) > 1:
-                self.draw.line(pixels, fill=colour, width=2)
+            if not points and len(pixels(x, y)) > 1:
+                self.draw.line(pixels(x, y), fill=colour, width=2)
             xy = (left + 8 if rises else right - 8, top + 8 + 16 * n)
             write(self.draw, xy, label, 12, "la" if rises else "ra", colour)
         self.draw.rectangle((left, top, right, bottom), outline=INK)
@@ -1133,22 +1070,11 @@ class Page:
         lines.append(("samples", x, curve["samples"], DRAWN, len(x) < 60))
         self.plot(title, xlabel, lines, logx, logy, (x, *curve["band"]) if "band" in curve else None)
 
-    def quantiles_and_spectra(self, curves, variable, layout):
-        """Three panels that both pages have."""
-        units, (unit, _, hours) = variable.units or "1", unit_of_time(layout)
-        q = curves["quantiles"]
-        self.curve(f"quantiles, {units}", f"held-out, {units}", q["held_out"], q)
-        k = np.array(curves["spatial_power"]["frequency"])
-        self.curve(f"spatial power, ({units})^2", "cycles per cell", k, curves["spatial_power"], True, True)
-        k = np.array(curves["temporal_power"]["frequency"]) * hours / layout.step_hours
-        label = f"cycles per {unit}"
-        self.curve(f"temporal power, ({units})^2", label, k, curves["temporal_power"], True, True)
-
     def map(self, title, x, scale, label):
         """A field (H, W) with its colour bar."""
         x0, y0 = self.panel(title)
         factor = min(282 / x.shape[1], 265 / x.shape[0])
-        factor = math.floor(factor) if factor >= 1 else factor
+        factor = math.floor(factor) or factor
         w, h = max(1, round(x.shape[1] * factor)), max(1, round(x.shape[0] * factor))
         self.image.paste(tile(x, scale, (w, h)), (x0 + 20, y0 + 40))
         self.draw.rectangle((x0 + 19, y0 + 39, x0 + 20 + w, y0 + 40 + h), outline=INK)
@@ -1157,37 +1083,38 @@ class Page:
 
 def verification_picture(path, result, variable, layout):
     """Quantiles, spectra, maxima, autocorrelation and the bias of the mean, from `compare`."""
-    curves, units = result["curves"], variable.units or "1"
-    heading = f"{variable.long_name or variable.name}: {result['samples']} samples (red) against "
-    heading += f"{result['held_out_clips']} held-out clips (black)"
+    curves, (unit, _, hours) = result["curves"], unit_of_time(layout)
+    heading = f"{result['samples']} samples (red) against {result['held_out_clips']} held-out clips (black)"
     heading += " and the exact law (blue)" * ("exact" in curves["quantiles"])
-    page = Page(heading + "; grey: where 95 % of perfect sample sets lie")
-    page.quantiles_and_spectra(curves, variable, layout)
-    page.curve(f"maximum of a clip, {units}", "return period, clips", RETURNS, curves["returns"], logx=True)
-    unit, _, hours = unit_of_time(layout)
+    heading += "; grey: where 95 % of perfect sample sets lie"
+    page = Page(heading, curves, variable, layout)
+    title = f"maximum of a clip, {variable.units or 1}"
+    page.curve(title, "return period, clips", RETURNS, curves["returns"], logx=True)
     lags = np.arange(len(curves["autocorrelation"]["samples"])) * layout.step_hours / hours
     page.curve("autocorrelation", f"lag, {unit}s", lags, curves["autocorrelation"])
     bias = layout.north_up(np.array(result["bias_map"], dtype=float))
-    reach = float(np.nanquantile(np.abs(bias), 0.99)) if np.isfinite(bias).any() else 1.0
     what, label = ("mean", "fraction") if variable.floor == 0 else ("standard deviation", "std")
-    page.map(f"bias of the mean / {what}", bias, (-(reach or 1.0), reach or 1.0, DIVERGING, 1.0), label)
+    page.map(f"bias of the mean / {what}", bias, scale_of(bias, None, 0.0), label)
     save(path, page.image)
 
 
 def ensemble_picture(path, scores, curves, variable, layout):
     """Scores and ranks of `verify_ensemble`; quantiles and spectra of what was drawn by `compare`."""
-    (unit, _, hours), one, units = unit_of_time(layout), len(scores["lead_hours"]) == 1, variable.units or "1"
-    lead, when, members = np.divide(scores["lead_hours"], hours), f"lead time, {unit}s", scores["members"]
-    heading = f"{variable.long_name or variable.name}: {members} members, {scores['conditions']} conditions"
-    page = Page(heading + "; what was generated (red) and what then came (black)")
-    page.quantiles_and_spectra(curves, variable, layout)
+    (unit, _, hours), units, members = unit_of_time(layout), variable.units or "1", scores["members"]
+    heading = f"{members} members, {scores['conditions']} conditions"
+    heading += "; what was generated (red) and what then came (black)"
+    page = Page(heading, curves, variable, layout)
+
+    def by_lead(title, colours):
+        lead = np.divide(scores["lead_hours"], hours)
+        lines = [(label, lead, scores[k], colour, len(lead) == 1) for label, k, colour in colours]
+        page.plot(f"{title}, {units}", f"lead time, {unit}s", lines)
+
     others = [k for k in scores if k.startswith("crps_")]
-    lines = [(k[5:], lead, scores[k], colour, one) for k, colour in zip(others, (LAW, TRUTH))]
-    page.plot(f"CRPS, {units}", when, [("ensemble", lead, scores["crps"], DRAWN, one), *lines])
+    others = [(k[5:], k, colour) for k, colour in zip(others, (LAW, TRUTH))]
+    by_lead("CRPS", [("ensemble", "crps", DRAWN), *others])
     if members > 1:
-        spread = ("spread", lead, scores["spread"], DRAWN, one)
-        error = ("RMSE of the mean", lead, scores["rmse"], TRUTH, one)
-        page.plot(f"spread and error, {units}", when, [spread, error])
+        by_lead("spread and error", [("spread", "spread", DRAWN), ("RMSE of the mean", "rmse", TRUTH)])
         share, rank = np.array(scores["rank_histogram"]) * (members + 1), np.arange(members + 1)
         lines = [("calibrated", rank, np.ones(members + 1), TRUTH, False), ("", rank, share, DRAWN, True)]
         lines.append(("", (0, 0), (0, 2), GREY, False))  # an axis from 0 to 2 at least
@@ -1224,96 +1151,114 @@ def write_results(c, model, problem, x, history, folder):
     reference = problem.hours[:, problem.reference] if given else None
     written = data.write_samples(folder, fields, layout, history, lead, reference)
     for i, variable in enumerate(model.codec.variables):
-        suffix, rows = f"_{variable.name}" if i else "", picture_rows(x, problem, model.codec, c.members, i)
-        contact_sheet(folder / f"samples{suffix}.png", rows, variable, layout, lead)
-        animation(folder / f"samples{suffix}.gif", rows, variable, layout)
-        written += [f"samples{suffix}.png", f"samples{suffix}.gif"]
+        rows = picture_rows(x, problem, model.codec, c.members, i)
+        stem = f"samples_{variable.name}" if i else "samples"
+        names = [f"{stem}.png", f"{stem}.gif"]
+        contact_sheet(folder / names[0], rows, variable, layout, lead)
+        animation(folder / names[1], rows, variable, layout)
+        written += names
     return written
 
 
-def references(problem, given, channel, climatology):
-    """What an ensemble is compared with: {name: fields that broadcast to (M, R, L, H, W)}."""
+def references(model, problem):
+    """What an ensemble is compared with: {name: fields that broadcast to (M, R, C, L, H, W)}."""
+    given = problem.given(model.codec)
     if problem.factor > 1:
-        return {"block means": given[None, :, channel]}
-    seen, there = np.isfinite(given[0, channel]), np.isfinite(problem.truth[0, channel])
-    whole = np.flatnonzero((seen >= there).all((-2, -1)) & seen.any((-2, -1)))  # frames wholly known
-    out = {"climatology": climatology[:, None, channel]}  # (50, 1, 1, H, W)
+        return {"block means": given[None]}
+    record = model.open_record()
+    starts = data.split_windows(record, model.settings.frames)[0]
+    out = {"climatology": data.read_clips(record, data.thin(starts, 50), 1)[:, None]}  # (50, 1, C, 1, H, W)
+    seen, there = np.isfinite(given[0]), np.isfinite(problem.truth[0])
+    whole = np.flatnonzero((seen >= there).all((0, 2, 3)) & seen.any((0, 2, 3)))  # frames wholly known
     if len(whole):
-        nearest = whole[np.abs(np.arange(problem.truth.shape[2])[:, None] - whole).argmin(1)]
-        out["persistence"] = problem.truth[None, :, channel, nearest]
+        nearest = whole[np.abs(np.arange(given.shape[2])[:, None] - whole).argmin(1)]
+        out["persistence"] = problem.truth[None, :, :, nearest]
     return out
 
 
-def held_out_clips(model, record, frames):
+def held_out_clips(model, frames):
     """Held-out clips that do not overlap, (N, C, T, H, W): up to 2^28 values, but at least 20 clips."""
+    record = model.open_record()
     starts = data.apart(data.split_windows(record, model.settings.frames)[1], model.settings.frames)
     values = len(model.layout.names) * frames * math.prod(model.layout.size)
     return data.read_clips(record, data.thin(starts, min(4000, max(20, 2**28 // values))), frames)
 
 
-def picture_name(i, variable):
-    return f"verify{f'_{variable.name}' if i else ''}.png"
+def in_pieces(x, n):
+    """Sequences (N, C, L, H, W) as clips of n frames, those of one sequence in a row."""
+    N, C, L, H, W = x.shape
+    pieces = x[:, :, : L // n * n].reshape(N, C, L // n, n, H, W)
+    return pieces.swapaxes(1, 2).reshape(-1, C, n, H, W)
 
 
-def verify_law(c, model, problem, x, folder):
-    """Compare clips, long ones in pieces, with held-out ones, edits with those they were made of."""
-    s, area, report = model.settings, model.layout.area(), {}
-    record = model.open_record()
-    T, L = s.frames, x.shape[2]
-    n, paired, groups = min(T, L), c.task == "edit", len(problem.y)
-    truth = problem.truth if paired else held_out_clips(model, record, n)
-    pieces = np.stack([x[:, :, t : t + n] for t in range(0, L - n + 1, n)], 1)
-    pieces = pieces.reshape(-1, x.shape[1], n, *x.shape[3:])
+def correlation_at_joins(y, windows):
+    """Correlation with the frame before, {where: of all cells}, of sequences y (N, L, H, W) drawn in windows."""
+    drawn_by = np.argmax([np.isin(np.arange(y.shape[1]), w[keep]) for w, keep in windows], 0)
+    joins, out = np.diff(drawn_by) != 0, {}
+    for where, at in (("inside windows", ~joins), ("across joins", joins)):
+        before, after = y[:, :-1][:, at], y[:, 1:][:, at]
+        seen = np.isfinite(before) & np.isfinite(after)
+        with np.errstate(invalid="ignore"):
+            out[where] = np.corrcoef(before[seen], after[seen])[0, 1]
+    return plain(out)
+
+
+def verify_sequences(x, variable, windows, trained, how):
+    """Do sequences x (N, L, H, W), twice as long as those trained on or longer, stay what they were?"""
+    part, out = max(trained, x.shape[1] // 8), {}
+    if x.shape[1] < 2 * trained:
+        return out
+    out["drift"] = compare(x[:, -part:], x[:, :part], paired=True, **how)["rows"]
+    print_rows(f"last {part} frames against the first", out["drift"], columns=("last", "first"))
+    if len(windows) > 1:
+        out["joins"] = correlation_at_joins(variable.encode(x), windows)
+        numbers = ", ".join(f"{number(v)} {where}" for where, v in out["joins"].items())
+        print(f"  correlation with the frame before: {numbers}")
+    return out
+
+
+def verify_samples(c, model, problem, x, folder):
+    """Compare ensembles with what then came, edits with what they were made of, other clips, long ones in
+    pieces, with held-out ones. Returns what goes into verify.json."""
+    s, layout, unseen, report = model.settings, model.layout, problem.unseen(model.codec), {}
+    frames, groups = min(s.frames, x.shape[2]), len(problem.y)
+    paired = unseen is not None or c.task == "edit"
+    if unseen is not None:
+        drawn = np.isfinite(unseen).any((0, 1, 3, 4))
+        clips, truth = x[:, :, drawn], problem.truth[:, :, drawn]
+        others = references(model, problem)
+    else:
+        clips = in_pieces(x, frames)
+        truth = in_pieces(problem.truth, frames) if paired else held_out_clips(model, frames)
     for i, variable in enumerate(model.codec.variables):
-        dry, law = c.dry or variable.dry, None
-        if s.dataset == "climate" and not paired and model.layout.size == (s.size, s.size):
-            law = data.rain_law(s.size, n, LEVELS, dry)
-        result = compare(pieces[:, i], truth[:, i], variable.floor, dry, area, law, groups, paired)
+        how = {"floor": variable.floor, "dry": c.dry or variable.dry, "weights": layout.area()}
+        law = None
+        if s.dataset == "climate" and not paired and layout.size == (s.size, s.size):
+            law = data.rain_law(s.size, frames, LEVELS, how["dry"])
+        result = compare(clips[:, i], truth[:, i], exact=law, groups=groups, paired=paired, **how)
         report[variable.name] = result
         print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
         if s.vae:
             again = model.codec.decode(model.codec.encode(truth), valid=True)[:, i]
-            floor = compare(again, truth[:, i], variable.floor, dry, area, None, None, paired=True)
-            result["autoencoder"] = floor["rows"]
-            print_rows("held-out clips through the autoencoder", floor["rows"])
-        verification_picture(folder / picture_name(i, variable), result, variable, model.layout)
-        if L >= 2 * T and len(problem.windows) > 1:
-            drawn_by = np.argmax([np.isin(np.arange(L), w[keep]) for w, keep in problem.windows], 0)
-            joins, part = 1 + np.flatnonzero(np.diff(drawn_by)), max(T, L // 8)
-            y = variable.encode(x[:, i])
-            result["drift"] = drift(x[:, i], y, joins, part, variable.floor, dry, area)
-            print_drift(result["drift"], part)
-    if len(report) > 1:
-        rows = cross_correlations(pieces, truth, model.layout.names, area, groups, paired)
-        report["correlation"] = rows
-        print_rows("correlation of variables", rows)
-    return report
-
-
-def verify_truth(c, model, problem, x, unseen, folder):
-    """Compare ensembles with what then came, and with persistence and climatology."""
-    area, report, groups = model.layout.area(), {}, len(problem.y)
-    record, given = model.open_record(), problem.given(model.codec)
-    drawn = np.isfinite(unseen).any((0, 1, 3, 4))  # frames
-    train_starts = data.split_windows(record, model.settings.frames)[0]
-    climatology = data.read_clips(record, data.thin(train_starts, 50), 1)  # (50, C, 1, H, W)
-    lead = (np.arange(x.shape[2]) - problem.reference) * model.layout.step_hours
-    ensemble = x.reshape(-1, c.members, *x.shape[1:]).swapaxes(0, 1)  # (M, R, C, L, H, W)
-    for i, variable in enumerate(model.codec.variables):
-        floor, dry = variable.floor, c.dry or variable.dry
-        truth = problem.truth[:, i, drawn]
-        result = compare(x[:, i, drawn], truth, floor, dry, area, None, groups, paired=True)
-        report[variable.name] = result
-        print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
-        compared, least = (
-            references(problem, given, i, climatology),
-            -math.inf if floor is None else floor + dry,
-        )
-        members = ensemble[:, :, i]
-        scores = verify_ensemble(members, unseen[:, i], compared, lead, least, variable.encode, area)
+            result["autoencoder"] = compare(again, truth[:, i], paired=True, **how)["rows"]
+            print_rows("held-out clips through the autoencoder", result["autoencoder"])
+        picture = folder / (f"verify_{variable.name}.png" if i else "verify.png")
+        if unseen is None:
+            verification_picture(picture, result, variable, layout)
+            result |= verify_sequences(x[:, i], variable, problem.windows, s.frames, how)
+            continue
+        ensemble = x[:, i].reshape(-1, c.members, *x.shape[2:]).swapaxes(0, 1)  # (M, R, L, H, W)
+        channel = {name: fields[:, :, i] for name, fields in others.items()}
+        least = -math.inf if variable.floor is None else variable.floor + how["dry"]
+        lead = (np.arange(x.shape[2]) - problem.reference) * layout.step_hours
+        scores = verify_ensemble(ensemble, unseen[:, i], channel, lead, least, variable.encode, layout.area())
         result["ensemble"] = scores
         print_ensemble(variable, scores)
-        ensemble_picture(folder / picture_name(i, variable), scores, result["curves"], variable, model.layout)
+        ensemble_picture(picture, scores, result["curves"], variable, layout)
+    if len(report) > 1:
+        rows = cross_correlations(clips, truth, layout.names, layout.area(), groups, paired)
+        report["correlation"] = rows
+        print_rows("correlation of variables", rows)
     return report
 
 
@@ -1360,13 +1305,10 @@ def draw_all(c, sampler, folder, digest, rank, world):
     sampler.run(parts, missing[rank::world], rank)
     if world > 1:
         torch.distributed.barrier()
-    if rank > 0:
-        return None, parts
-    if missing:
-        seconds = time.perf_counter() - begin
-        drawn = c.num_samples - done
+    if missing and rank == 0:
+        seconds, drawn = time.perf_counter() - begin, c.num_samples - done
         print(f"{drawn} clips in {seconds:.0f} s ({drawn / seconds:.2f} clips/s)")
-    return sampler.decode(parts), parts
+    return sampler.decode(parts) if rank == 0 else None, parts
 
 
 @torch.no_grad()
@@ -1383,32 +1325,28 @@ def main(argv=None):
         emerging = diffusion.Levels("logsnr", *law.emergence(margin=5.0))
         law = law.map(lambda a: a.to(model.denoiser.gaussian.mean.device))
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
-    single = c.obs_std == 0 or len(problem.windows) == 1
-    require(single, "--obs_std belongs to a single window of frames: use a shorter --length")
-    single = problem.factor == 1 or len(problem.windows) == 1
-    require(
-        single, f"--task=superres draws all frames together: use --frames={c.length} or a shorter --length"
-    )
+    if law:  # nothing is known of the box
+        problem.y = problem.mask = torch.zeros(c.num_samples, *law.variances.shape)
+    whole = problem.factor > 1 or c.task in ("encode", "morph") or c.obs_std > 0
+    what = "superres, encode, morph and --obs_std belong to a single window of frames"
+    advice = f"use --frames={problem.y.shape[2]} or a shorter --length"
+    require(not whole or len(problem.windows) == 1, f"{what}: {advice}")
     folder = Path(c.out_dir) / "samples"
+    command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
+    history = f"{command}: sampler {c.sampler}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
+    history += f", trained with --select={model.settings.select}" * bool(model.settings.select)
     with train.locked(folder) if rank == 0 else nullcontext():
         x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
         if rank > 0:
             return
-        for name in ("verify.json", "verify.png"):  # of an earlier run
-            (folder / name).unlink(missing_ok=True)
-        command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
-        history = f"{command}: sampler {c.sampler}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
-        history += f", trained with --select={model.settings.select}" * bool(model.settings.select)
+        for path in folder.glob("verify*"):  # of an earlier run
+            path.unlink()
         written = write_results(c, model, problem, x, history, folder)
         if c.verify and TASKS[c.task].start in ("noise", "edit"):
-            unseen = problem.unseen(model.codec)
-            if unseen is None:
-                report = verify_law(c, model, problem, x, folder)
-            else:
-                report = verify_truth(c, model, problem, x, unseen, folder)
+            report = verify_samples(c, model, problem, x, folder)
             with data.replacing(folder / "verify.json") as f:
                 f.write(json.dumps(report, indent=1, allow_nan=False).encode())
-            written += ["verify.json", *(picture_name(i, v) for i, v in enumerate(model.codec.variables))]
+            written += sorted(path.name for path in folder.glob("verify*"))
         del x
         shutil.rmtree(parts)
     print(f"\n{folder}/: {', '.join(written)}")
