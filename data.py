@@ -403,10 +403,12 @@ class Layout:
 
 @dataclass
 class Piece:
-    """A stretch of frames of one source: {name: array-like (n, H, W), or (H, W) of a single frame}."""
+    """A stretch of frames of one source: {name: array-like (n, H, W), or (H, W) of a single frame}, and which
+    (rows, columns) of them are read, None for all."""
 
     arrays: dict
     source: str = ""
+    order: tuple = None
 
     def __len__(self):
         array = next(iter(self.arrays.values()))
@@ -416,33 +418,15 @@ class Piece:
         """Frames [start, stop) of variables, (C, T, H, W) float32."""
         arrays = [self.arrays[n] for n in names]
         x = np.stack([np.asarray(a[start:stop] if a.ndim == 3 else a, np.float32) for a in arrays])
-        return x.reshape(len(names), stop - start, *x.shape[-2:])
+        x = x.reshape(len(names), stop - start, *x.shape[-2:])
+        return x if self.order is None else x[..., self.order[0][:, None], self.order[1]]
 
-    def renamed(self, names):
-        return Piece({names.get(k, k): a for k, a in self.arrays.items()}, self.source)
-
-
-@dataclass
-class Reordered:
-    """An array (n, H, W) or (H, W) with rows and columns in another order, read when it is indexed."""
-
-    array: object
-    rows: np.ndarray
-    columns: np.ndarray
-
-    @property
-    def ndim(self):
-        return self.array.ndim
-
-    @property
-    def shape(self):
-        return (*self.array.shape[:-2], len(self.rows), len(self.columns))
-
-    def __getitem__(self, frames):
-        return np.asarray(self.array[frames])[..., self.rows[:, None], self.columns]
-
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self[...], dtype)
+    def seen_as(self, names, order):
+        """The piece with other names of its variables, and of what it reads these rows and columns."""
+        if order is not None and self.order is not None:
+            order = tuple(i[j] for i, j in zip(self.order, order))
+        arrays = {names.get(k, k): a for k, a in self.arrays.items()}
+        return Piece(arrays, self.source, self.order if order is None else order)
 
 
 @dataclass(eq=False)
@@ -452,8 +436,8 @@ class Record:
     layout: size and step_hours are set here; pieces: list of Piece; hours: (N,) since EPOCH in the calendar;
     extras: {name: array-like (H, W), (N,) or (N, H, W)}, what a model may be told; block: frames per block of
     the split, or None; index: (N,) where in the pieces a frame lies; member: (N,) numbers of the independent
-    series in it; order: which (rows, columns) to read, None for all; coarsen: frames are means over so many
-    cells square; notes: one line each of what was assumed, sorted or left out.
+    series in it; coarsen: frames are means over so many cells square; notes: one line each of what was
+    assumed, sorted or left out.
     """
 
     layout: Layout
@@ -463,7 +447,6 @@ class Record:
     block: int = None
     index: np.ndarray = None
     member: np.ndarray = None
-    order: tuple = None
     notes: list = field(default_factory=list)
     coarsen: int = 1
 
@@ -493,7 +476,6 @@ class Record:
             first = at[part[0]] - end + len(p)
             parts.append(p.read(names or self.layout.names, first, first + len(part)))
         x = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
-        x = x if self.order is None else x[..., self.order[0][:, None], self.order[1]]
         missing = ~(np.abs(x) < 9.9e36)
         x = np.where(missing, np.float32(np.nan), x) if missing.any() else x
         return x if self.coarsen == 1 else block_means(x, self.coarsen)
@@ -523,8 +505,7 @@ class Record:
     def fit_to(self, layout, what, factor=1):
         """This record under the names and in the order of rows and columns of another layout, frame numbers
         as hours of its step. Raises InputError where they differ in more than order (Layout.match)."""
-        order, names = layout.match(self.layout, what, factor), dict(zip(self.layout.names, layout.names))
-        pieces = [p.renamed(names) for p in self.pieces]
+        order = layout.match(self.layout, what, factor)
         extras = {k: v for k, v in self.extras.items() if not isinstance(v, Told)}
         if order is not None:
             extras = {k: v[np.ix_(*order)] if v.ndim == 2 else v for k, v in extras.items()}
@@ -535,8 +516,9 @@ class Record:
             hours, own = hours * layout.step_hours, replace(own, calendar="none")
         if order is not None:  # blocks of cells move as a whole
             order = tuple((i[:, None] * self.coarsen + np.arange(self.coarsen)).ravel() for i in order)
-        order = self.order if order is None else order
-        return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras, order=order)
+        names = dict(zip(self.layout.names, layout.names))
+        pieces = [p.seen_as(names, order) for p in self.pieces]
+        return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras)
 
 
 @dataclass
@@ -1047,9 +1029,7 @@ def join(parts, notes):
             raise InputError(f"{which} has no dates, and other files of the folder have")
         if order is not None:
             notes.append(f"{source} has its rows or columns in another order than {reference}: reordered")
-            for p in r.pieces:
-                p.arrays = {k: Reordered(a, *order) for k, a in p.arrays.items()}
-        r.pieces = [p.renamed(dict(zip(r.layout.names, first.layout.names))) for p in r.pieces]
+        r.pieces = [p.seen_as(dict(zip(r.layout.names, first.layout.names)), order) for p in r.pieces]
     series = {number: i for i, number in enumerate(sorted(set(numbers)))}
     member = np.concatenate([np.full(len(r), series[number]) for number, r in parts])
     hours, pieces = np.concatenate([r.hours for r in records]), [p for r in records for p in r.pieces]
@@ -1074,7 +1054,7 @@ def join(parts, notes):
     for k, a in first.extras.items():
         if a.ndim == 1 and all(k in r.extras for r in records):
             extras[k] = np.concatenate([r.extras[k] for r in records])[index]
-    return Record(first.layout, pieces, hours[index], extras, None, index, member[index], None, notes)
+    return Record(first.layout, pieces, hours[index], extras, None, index, member[index], notes)
 
 
 def open_record(dataset, variables="", size=32, seed=0, select=""):
