@@ -343,62 +343,50 @@ class Layout:
         return cls(**{**state, "dims": tuple(state["dims"]), "size": tuple(state["size"]), "coords": coords})
 
     def match(self, other, what, factor=1, reference="the checkpoint", step=True):
-        """Which rows and columns of `other` are this grid's, ((H,), (W,)), where only their order differs;
-        else None.
+        """Which rows and columns of `other` are this grid's, ((H,), (W,)), None if all are in order.
 
         other: the Layout of `what`, at 1 / factor of the resolution. Raises InputError, naming what differs:
-        step (a tenth), names, units, calendar, size, coordinates (1/100 cell). What one does not know is not
-        compared.
+        step, names, units, calendar, size, coordinates (1/100 cell). What one does not know is not compared.
         """
 
-        def refuse(theirs, ours, mend):
-            raise InputError(f"{what} has {theirs}; {reference} has {ours}: {mend}")
+        def require(same, theirs, ours, mend):
+            if not same:
+                raise InputError(f"{what} has {theirs}; {reference} has {ours}: {mend}")
 
         if step and "frames" not in (self.calendar, other.calendar):
-            if abs(other.step_hours - self.step_hours) > step_tolerance(self.step_hours):
-                steps = (f"a frame every {duration(layout.step_hours)}" for layout in (other, self))
-                refuse(*steps, "resample it")
-        if len(other.names) != len(self.names) or (self.named and other.named and other.names != self.names):
-            both = ",".join(n for n in self.names if n in other.names)
-            mend = f"choose --variables={both}" if both else "all must have the same (xarray.merge)"
-            refuse(f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
+            differs = abs(other.step_hours - self.step_hours) > step_tolerance(self.step_hours)
+            steps = (f"a frame every {duration(layout.step_hours)}" for layout in (other, self))
+            require(not differs, *steps, "resample it")
+        both = ",".join(n for n in self.names if n in other.names)
+        mend = f"choose --variables={both}" if both else "all must have the same (xarray.merge)"
+        named = self.named and other.named
+        same = other.names == self.names if named else len(other.names) == len(self.names)
+        require(same, f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
         for name, a, b in zip(self.names, self.attrs, other.attrs):
-            if "units" in a and "units" in b and canonical(a["units"]) != canonical(b["units"]):
-                refuse(f"{name} in {b['units']}", a["units"], "convert it first")
-        if self.dated and other.dated and self.calendar != other.calendar:
-            mend = "convert it, cdo setcalendar or ds.convert_calendar"
-            refuse(f"calendar {other.calendar}", self.calendar, mend)
-        size = tuple(n / factor for n in self.size)
-        if tuple(other.size) != size:
-            refuse(f"a grid of {by(other.size)}", by(size), "select or regrid the same cells")
-        order, wrong = self.order(other, factor)
-        if wrong:
-            name, *ends = wrong
-            spans = (f"{v.flat[0]:g} to {v.flat[-1]:g}" for v in ends)
-            refuse(f"{name} {next(spans)}", next(spans), "select or regrid the same cells")
-        return order
-
-    def order(self, other, factor):
-        """`match` of the coordinates: the order, and of one that differs (name, the other's values, ours)."""
-        order, pairs = [], []  # pairs: name, values of both, axes, period
-        for i in (0, 1):
-            a, b = self.axis(i), other.axis(i)
-            order.append(np.arange(int(other.size[i])))
-            if a is not None and b is not None:
-                period = 360 if i == 1 and (self.is_angle(1) or other.is_angle(1)) else None
-                ours, theirs = places(a, period, factor), places(b)
-                if not (distance(ours, theirs, period) <= cell_width(ours) / 100).all():
-                    order[i] = distance(ours[:, None], theirs, period).argmin(1)
-                pairs.append((next(k for k, c in other.coords.items() if c is b), theirs, ours, [i], period))
-        for name, c in self.coords.items():
-            if len(c["dims"]) == 2 and name in other.coords:
-                period = 360 if is_degrees(c["attrs"]) else None
-                pairs.append((name, places(other.coords[name]), places(c, period, factor), [0, 1], period))
-        for name, theirs, ours, axes, period in pairs:
-            d = distance(ours, theirs[np.ix_(*(order[i] for i in axes))], period)
-            if not (d <= cell_width(ours) / 100).all():
-                return None, (name, theirs, ours)
-        return None if all((np.diff(o) == 1).all() for o in order) else tuple(order), None
+            if "units" in a and "units" in b:
+                same = canonical(a["units"]) == canonical(b["units"])
+                require(same, f"{name} in {b['units']}", a["units"], "convert it first")
+        same = not (self.dated and other.dated) or self.calendar == other.calendar
+        mend = "convert it, cdo setcalendar or ds.convert_calendar"
+        require(same, f"calendar {other.calendar}", self.calendar, mend)
+        mend, size = "select or regrid the same cells", tuple(n / factor for n in self.size)
+        require(tuple(other.size) == size, f"a grid of {by(other.size)}", by(size), mend)
+        order = [np.arange(int(n)) for n in other.size]
+        pairs = [(self.axis(i), other.axis(i), [i]) for i in (0, 1)]
+        pairs += [(c, other.coords.get(k), [0, 1]) for k, c in self.coords.items() if len(c["dims"]) == 2]
+        for ours, theirs, axes in pairs:
+            if ours is None or theirs is None:
+                continue
+            angle = is_degrees(ours["attrs"]) or axes == [1] and (self.is_angle(1) or other.is_angle(1))
+            period = 360 if angle else None
+            a, b = places(ours, period, factor), places(theirs)
+            width = cell_width(a) / 100
+            if len(axes) == 1 and not (distance(a, b, period) <= width).all():
+                order[axes[0]] = distance(a[:, None], b, period).argmin(1)
+            same = (distance(a, b[np.ix_(*(order[i] for i in axes))], period) <= width).all()
+            name = next(k for k, c in other.coords.items() if c is theirs)
+            require(same, f"{name} {b.flat[0]:g} to {b.flat[-1]:g}", f"{a.flat[0]:g} to {a.flat[-1]:g}", mend)
+        return None if all((np.diff(o) == 1).all() for o in order) else tuple(order)
 
 
 @dataclass
@@ -541,6 +529,11 @@ class Told:
 # reading times
 
 CALENDARS = {"": "standard", "gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
+CALENDARS["360"] = "360_day"
+
+
+def texts(values):
+    return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
 
 def decode_times(values, attrs):
@@ -552,15 +545,14 @@ def decode_times(values, attrs):
         ticks = values.astype(f"{kind}8[us]").astype(np.float64) / 3.6e9
         return np.where(np.isnat(values), np.nan, ticks), "standard" if kind == "M" else "none"
     if kind in "SUOT":
-        texts = [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values]
-        dates = all(re.match(r"\s*\d{4}-?\d\d", t) for t in texts)
-        values = np.array([float(re.sub(r"\D", "", t)[:14]) if dates else math.nan for t in texts])
+        dates = all(re.match(r"\s*\d{4}-?\d\d", t) for t in texts(values))
+        values = np.array([float(re.sub(r"\D", "", t)[:14]) if dates else math.nan for t in texts(values)])
         units = "as %" if dates else ""
     v = values.astype(np.float64)
     v = np.where(np.abs(v) < 2.0**63, v, np.nan)  # numpy's "not a time" as an integer
     word, *since = re.split(r"\s+since\s+", units.lower(), maxsplit=1)
     unit, calendar = unit_hours(word), str(attrs.get("calendar", "")).lower()
-    calendar = CALENDARS.get(calendar, "360_day" if calendar == "360" else calendar)
+    calendar = CALENDARS.get(calendar, calendar)
     if unit and not since:
         return v * unit, "none"
     try:
@@ -597,14 +589,12 @@ def hours_since(v, word, unit, reference, calendar):
 def date_hours(v, units, calendar):
     """Dates as numbers, 20200131.5 or 2020013112, as hours since EPOCH; ValueError if they are none."""
     known = np.isfinite(v)
-    texts = [str(int(x)) for x in v[known]]
-    lengths = {len(t) for t in texts}
+    digits = [str(int(x)) for x in v[known]]
+    lengths = {len(d) for d in digits}
     if len(lengths) != 1 or not lengths <= ({4, 6, 8, 10, 12, 14} if "as %" in units else {8, 10, 12, 14}):
         raise ValueError(units)
-    hours, dates = np.full(len(v), np.nan), []
-    for t in texts:
-        parts = [int(t[:4]), *(int(t[i : i + 2]) for i in range(4, len(t), 2))]
-        dates.append(cftime.datetime(*parts, *[1, 1][len(parts) - 1 :], calendar=calendar))
+    form, hours = "%Y%m%d%H%M%S"[: min(lengths) - 2], np.full(len(v), np.nan)
+    dates = [cftime.datetime.strptime(d, form, calendar) for d in digits]
     hours[known] = cftime.date2num(dates, EPOCH, calendar)
     return hours + (24 * (v % 1) if lengths == {8} else 0)
 
@@ -765,12 +755,11 @@ def members_of(ds):
     return [d for d in ds.dims if d in marked or re.fullmatch(MEMBERS, d.lower())]
 
 
-def fields_of(ds, ranged):
+def fields_of(ds):
     """{name: DataArray (*members, [time,] y, x)} of what can be used, {name: why not} of other variables."""
     usable, refused, likely, members = {}, {}, likely_axes(ds), members_of(ds)
-    texts = [d for d in ds.dims if ds[d].dtype.kind in "SUOT"]
-    further = [d for d in (*texts, *ranged) if not any(d in dims for dims in likely.values())]
-    extra = {"expver", *members, *further}
+    named = [d for d in ds.dims if ds[d].dtype.kind in "SUOT"]
+    extra = {"expver", *members, *(d for d in named if not any(d in dims for dims in likely.values()))}
     axes = {k: axes_of(ds[k], likely, extra) for k in ds.data_vars}
     timed = any(axes[k][0] and ds[k].ndim > 2 for k in axes)
     for name, (t, y, x) in axes.items():
@@ -779,11 +768,9 @@ def fields_of(ds, ranged):
         front = [d for d in (*members, t) if d in da.dims]
         rest = [d for d in da.dims if d not in (*front, y, x)]
         channels = []
-        if len(rest) == 1:  # texts, numbers where nobody named the dimension, or a range that was selected
-            channels = [v.decode() if isinstance(v, bytes) else str(v) for v in ds[rest[0]].values]
-            if rest[0] not in texts:
-                named = rest[0] in ranged or UNNAMED.match(rest[0])
-                channels = [f"{name}_{v.removesuffix('.0')}" for v in channels] if named else []
+        if len(rest) == 1 and (rest[0] in named or UNNAMED.match(rest[0])):
+            channels = texts(ds[rest[0]].values)
+            channels = channels if rest[0] in named else [f"{name}_{v}" for v in channels]
         sizes = f"{name} ({', '.join(f'{d} {n}' for d, n in da.sizes.items())})"
         if da.dtype.kind not in "fiub":
             refused[name] = f"{name} holds {da.dtype}, not numbers"
@@ -795,8 +782,7 @@ def fields_of(ds, ranged):
             merged = "ds.sel(expver=1).combine_first(ds.sel(expver=5))"
             refused[name] = f"{sizes} has ERA5 and ERA5T apart: merge them, {merged}"
         elif rest and not channels:
-            low, high = (f"{rest[0]}={da[rest[0]].values[i]:g}" for i in (0, -1))
-            mend = f"choose with --select={low}, or channels with --select={low}:{high.split('=')[1]}"
+            mend = f"choose with --select={rest[0]}={da[rest[0]].values[0]:g}"
             mend += "" if t else f"; if it is time, ds.rename({rest[0]}='time')"
             refused[name] = f"{sizes} has more dimensions than time, y and x: {mend}"
         else:
@@ -825,9 +811,8 @@ def times_of(ds, tdim, n):
 
 def selected(ds, select, notes):
     """What `name=value` (the nearest) and `name=low:high`, comma-separated, choose of a Dataset, still
-    unread, and the names of which a range was asked for. Times are chosen by dates, longitudes from west to
-    east."""
-    ranged, likely = [], likely_axes(ds)
+    unread. Times are chosen by dates, longitudes from west to east."""
+    likely = likely_axes(ds)
     for text in (t.strip() for t in select.split(",") if t.strip()):
         name, equals, chosen = (part.strip() for part in text.partition("="))
         ends = [end.strip() for end in re.split(r"(?<!T\d\d):|:(?=\d{4}-)", chosen)]  # T12:00 is one time
@@ -841,7 +826,7 @@ def selected(ds, select, notes):
                 series = xr.DataArray(order, {name: xr.CFTimeIndex(values[order])}, [name])
                 at = np.sort(series.sel({name: slice(*ends) if len(ends) == 2 else ends[0]}), axis=None)
             elif values.dtype.kind in "SUOT":
-                at = np.flatnonzero(values.astype(str) == ends[0])
+                at = np.flatnonzero(np.array(texts(values)) == ends[0])
             else:
                 circle = name in likely["X"] and is_degrees(ds[name].attrs)
                 at = near(values.astype(np.float64), [float(e) for e in ends], circle)
@@ -849,10 +834,9 @@ def selected(ds, select, notes):
             at = []
         if not len(at):
             raise InputError(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
-        ranged += [name] * (len(ends) == 2)
         notes.append(f"selected: {name} {values[at[0]]} to {values[at[-1]]}, {len(at)} of {n}")
         ds = ds.isel({name: slice(at[0], at[-1] + 1) if (np.diff(at) == 1).all() else at})
-    return ds, ranged
+    return ds
 
 
 def near(values, ends, circle):
@@ -902,9 +886,9 @@ def coordinates(ds, da, dims, notes):
     return coords
 
 
-def choose(path, ds, wanted, ranged, bare):
+def choose(path, ds, wanted, bare):
     """The names of the fields that are read, and by name all fields on their grid."""
-    usable, refused = fields_of(ds, ranged)
+    usable, refused = fields_of(ds)
     if bare and len(wanted) == len(usable) and not {*wanted} <= usable.keys():
         usable = dict(zip(wanted, usable.values()))  # a bare array takes the names that are given
     names = wanted or list(usable)
@@ -930,9 +914,9 @@ def read_file(path, wanted, group, select, memory):
     if xr is None:
         raise InputError(f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
     ds = numpy_dataset(path, wanted, notes) if kind == "numpy" else open_dataset(path, group)
-    ds, ranged = selected(ds, select, notes)
+    ds = selected(ds, select, notes)
     bare = kind == "numpy" and len(ds.variables) == 1
-    names, fields = choose(path, ds, wanted, ranged, bare)
+    names, fields = choose(path, ds, wanted, bare)
     first = fields[names[0]]
     *front, ydim, xdim = first.dims
     members = [d for d in members_of(ds) if d in front]
@@ -989,11 +973,6 @@ def numbered(files, notes):
     times of another is a further member; so are files without dates that begin alike."""
     first, parts, seen = files[0][0], [], {}
     alone = not first.layout.dated and len({records[0].hours[0] for records in files}) == 1
-    if alone and first.layout.calendar == "frames" and len(files) > 1 and all(len(f[0]) == 1 for f in files):
-        notes.append("files of one frame without a time are taken in order of their names")
-        for i, records in enumerate(files):
-            records[0].hours = records[0].hours + i
-        alone = False
     for k, records in enumerate(files):
         twin = next((f[0] for f in files[:k] if same_frames(f[0], records[0])), None)
         if twin is not None and not alone:
