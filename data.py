@@ -66,16 +66,6 @@ def lag_covariance(frames, size):
     return torch.fft.ifft2(S * torch.exp(-lags * (rate + 1j * phase)), norm="forward").real
 
 
-def gaussian_covariance(frames, size):
-    """Exact covariance of a `gaussian` clip of shape (frames, size, size) flattened: (D, D) float64."""
-    C = lag_covariance(frames, size)
-    axes = torch.arange(frames), torch.arange(size), torch.arange(size)
-    t, y, x = (i.flatten() for i in torch.meshgrid(*axes, indexing="ij"))
-    dt, dy, dx = (i[:, None] - i for i in (t, y, x))
-    sign = torch.where(dt < 0, -1, 1)  # C(-h, -d) = C(h, d)
-    return C[dt.abs(), (sign * dy) % (2 * size), (sign * dx) % (2 * size)]
-
-
 def latent_modes(frames, size):
     """The exact law of a latent clip on the whole periodic box, by Fourier mode (M = 2 size).
 
@@ -676,17 +666,17 @@ def numpy_dataset(path, wanted, notes):
             taken = f"{path} is taken for frames of {channels[0]} channels of {H} x {W}"
             notes.append(f"{taken}; if channels come last, np.moveaxis(a, -1, 1); clips: one file each")
     variables, sizes = {}, {}
-    for k, a in {**fields, **arrays}.items():
-        if k in fields:
-            variables[k] = [dims[0], f"dim_{a.shape[1]}", *dims[1:]] if a.ndim > len(dims) else dims, a
-            sizes |= dict(zip(variables[k][0], a.shape))
-        elif a.shape == (H, W):
+    for k, a in fields.items():
+        along = dims if a.ndim == len(dims) else [dims[0], f"dim_{a.shape[1]}", *dims[1:]]
+        variables[k] = along, a
+        sizes |= dict(zip(along, a.shape))
+    for k, a in arrays.items():
+        along = [d for d in (k, f"dim_{a.size}", "channel", dims[0]) if a.shape == (sizes.get(d),)]
+        if along:
+            hours = {"units": "hours"} if a.dtype.kind in "fiu" and along[0] in (dims[0], "time") else {}
+            variables[along[0] if UNNAMED.match(along[0]) and k != "units" else k] = along[:1], a, hours
+        elif a.shape == (H, W) and k not in fields:
             variables[k] = dims[-2:], a
-        for d in (k, f"dim_{len(a)}", "channel", dims[0]) if a.ndim == 1 else ():
-            if sizes.get(d) == len(a):
-                hours = {"units": "hours"} if a.dtype.kind in "fiu" and d in dims[:1] + ["time"] else {}
-                variables[d if UNNAMED.match(d) else k] = [d], a, hours
-                break
     try:
         return xr.Dataset(variables)
     except ValueError:
@@ -973,26 +963,27 @@ def numbered(files, notes):
     times of another is a further member; so are files without dates that begin alike."""
     first, parts, seen = files[0][0], [], {}
     alone = not first.layout.dated and len({records[0].hours[0] for records in files}) == 1
-    for k, records in enumerate(files):
-        twin = next((f[0] for f in files[:k] if same_frames(f[0], records[0])), None)
-        if twin is not None and not alone:
-            notes.append(f"{records[0].pieces[0].source} repeats {twin.pieces[0].source} and is left out")
+    if alone and len(files) > 1 and all(len(records[0]) == 1 for records in files):
+        raise InputError("files of one frame and no time have no order: np.concatenate them into one")
+    for records in files:
+        record = records[0]
+        twins = seen.setdefault("alone" if alone else record.hours.round(6).tobytes(), [])
+        copied = [t.pieces[0].source for t in twins if not alone and same_frames(t, record)]
+        if copied:
+            notes.append(f"{record.pieces[0].source} repeats {copied[0]} and is left out")
             continue
-        key = "alone" if alone else records[0].hours.round(6).tobytes()
-        number = seen.get(key, -1) + 1 if alone or len(records[0]) > 1 else 0
-        seen[key] = number
+        number = len(twins) if alone or len(record) > 1 else 0
+        twins.append(record)
         parts += [((number, m), r) for m, r in enumerate(records)]
-    if any(number > 0 for number in seen.values()):
+    if any(number > 0 for (number, _), _ in parts):
         notes.append("files of the same times are members of an ensemble, records of their own")
     return parts
 
 
 def same_frames(a, b):
-    """Whether two records have the same times and, as far as ten of them tell, the same values."""
-    if len(a) < 2 or not np.array_equal(a.hours, b.hours):
-        return False
-    some = thin(np.arange(len(a)), 10)
-    return all(np.array_equal(a.frames(i, i + 1), b.frames(i, i + 1), equal_nan=True) for i in some)
+    """Whether two records of the same times, more than one, have the same values as far as ten frames tell."""
+    pairs = ((r.frames(i, i + 1) for r in (a, b)) for i in thin(np.arange(len(a)), 10))
+    return len(a) > 1 and all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
 
 
 def join(parts, notes):
@@ -1352,18 +1343,6 @@ def find_floor(x):
     return (low, rounding) if np.mean(x <= low + rounding) > 0.05 else (None, rounding)
 
 
-def suspects(x):
-    """[(value, count)] of extremes that are no weather: ten standard deviations away from the rest, and
-    repeated or a customary mark of no data, all nines."""
-    found, ends = [], (x.min(), x.max())
-    rest = x[(x > ends[0]) & (x < ends[1])]
-    for v in ends if len(rest) else ():
-        count = int((x == v).sum())
-        if abs(v - rest.mean()) > 10 * rest.std() and (count > 1 or set(f"{abs(v):g}") == {"9"}):
-            found.append((float(v), count))
-    return found
-
-
 @dataclass
 class Variable:
     """One variable and its transform: physical arrays of any shape <-> float64 of mean 0 and variance 1 in
@@ -1404,14 +1383,19 @@ class Variable:
             transform = "cbrt" if floor == 0 else "none"
         v = cls(name, attrs.get("units", ""), attrs.get("long_name", name), transform, floor, rounding)
         span, bottom = f"{x.min():.4g} to {x.max():.4g} {v.units}".strip(), "no floor"
-        doubtful, x = suspects(x), v.snapped(x)
+        doubts, ends = "", (x.min(), x.max())
+        rest = x[(x > ends[0]) & (x < ends[1])]
+        for end in ends if len(rest) else ():  # weather does not repeat a value so far from all others
+            count = int((x == end).sum())
+            if count > 1 and abs(end - rest.mean()) > 10 * rest.std() > 0:
+                doubts += f"; WARNING: {end:g}, {count} times, far from others: set _FillValue if no data"
+        x = v.snapped(x)
         if floor is not None:
             v.dry = 10.0 ** round(math.log10((x.mean() - floor) / 10))
             bottom = f"floor {floor:g} ({100 * np.mean(x == floor):.3g} % of values)"
         v.scale = float(np.median(np.abs(x[x != 0])))
         v.summary = f"{name}: {span}, transform {transform}, {bottom}, {100 * missing:.3g} % missing"
-        for value, count in doubtful:
-            v.summary += f"; WARNING: {value:g}, {count} times, far from others: set _FillValue if no data"
+        v.summary += doubts
         if transform in TABLES:
             knots, v.dry_score = TABLES[transform](x, floor)
             v.knots = torch.from_numpy(knots)

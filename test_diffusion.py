@@ -125,9 +125,19 @@ def draws(law, n):
     return law.mean + law.field(law.variances.sqrt() * normal(n, *law.variances.shape))
 
 
+def gaussian_covariance(frames, size):
+    """Exact covariance of a `gaussian` clip of shape (frames, size, size) flattened: (D, D) float64."""
+    C = data.lag_covariance(frames, size)
+    axes = torch.arange(frames), torch.arange(size), torch.arange(size)
+    t, y, x = (i.flatten() for i in torch.meshgrid(*axes, indexing="ij"))
+    dt, dy, dx = (i[:, None] - i for i in (t, y, x))
+    sign = torch.where(dt < 0, -1, 1)  # C(-h, -d) = C(h, d)
+    return C[dt.abs(), (sign * dy) % (2 * size), (sign * dx) % (2 * size)]
+
+
 def field_law(T, size, mean=0.0):
     """The exact law of the built-in Gaussian field, in its own dense basis."""
-    w, U = torch.linalg.eigh(data.gaussian_covariance(T, size))
+    w, U = torch.linalg.eigh(gaussian_covariance(T, size))
     w, mean = w.clamp(min=1e-9).view(1, T, size, size), torch.full((1, 1, size, size), mean).double()
     return D.Gaussian(mean, w, (((-3, -2, -1), U.T.contiguous()),))
 
@@ -1028,7 +1038,7 @@ def small_builtin(monkeypatch, tmp_path, kind="climate", size=8, seasons=20, hou
 
 def test_builtin_gaussian_has_its_covariance(monkeypatch, tmp_path):
     c = small_builtin(monkeypatch, tmp_path, "gaussian", 6, 240, 40)
-    exact = data.gaussian_covariance(8, 6).numpy()
+    exact = gaussian_covariance(8, 6).numpy()
     seasons = c.frames(0, len(c)).reshape(24, 2, 5, 40, 36)
     assert (seasons[:, 1] == -seasons[:, 0]).all()
     # every season of a half is an independent draw of the field: 240 of them, compared mode by mode
@@ -1040,7 +1050,7 @@ def test_builtin_gaussian_has_its_covariance(monkeypatch, tmp_path):
 
 
 def test_covariance_is_one_at_lag_0_positive_and_advected_from_the_west():
-    exact = data.gaussian_covariance(8, 6).numpy()
+    exact = gaussian_covariance(8, 6).numpy()
     np.testing.assert_allclose(np.diag(exact), 1, atol=1e-12)
     assert np.linalg.eigvalsh(exact).min() > 0
     C = exact.reshape(8, 6, 6, 8, 6, 6)
@@ -1057,7 +1067,7 @@ def test_latent_modes_have_the_covariance_of_the_field():
     inside = torch.zeros(T, M, M, dtype=torch.bool)
     inside[:, :size, :size] = True
     C = C[inside.flatten()][:, inside.flatten()]
-    close(C, data.gaussian_covariance(T, size), rtol=1e-9, atol=1e-9)
+    close(C, gaussian_covariance(T, size), rtol=1e-9, atol=1e-9)
 
 
 def test_builtin_climate_follows_its_marginal_law(monkeypatch, tmp_path):
@@ -1102,7 +1112,7 @@ def test_products_of_the_rain_are_the_double_integral(rho):
 
 def test_exact_spectra_and_autocorrelation_of_the_rain():
     law, g = data.rain_law(8, 6, LEVELS), torch.Generator().manual_seed(0)
-    z = torch.linalg.cholesky(data.gaussian_covariance(6, 8)) @ torch.randn(384, 20000, generator=g).double()
+    z = torch.linalg.cholesky(gaussian_covariance(6, 8)) @ torch.randn(384, 20000, generator=g).double()
     seasons = enumerate(z.split(5000, 1))
     x = [data.rain(s.view(6, 8, 8, -1).movedim(-1, 0), data.threshold(k)) for k, s in seasons]
     x = torch.cat(x).numpy()
@@ -1932,7 +1942,7 @@ def test_what_counts_as_dry_has_the_size_of_the_rain(unit, dry):
     assert codec_of(x, frames=1)[1].variables[0].dry == pytest.approx(dry)
 
 
-@pytest.mark.parametrize("value,cells", [(-9999.0, 70), (-99.0, 400), (-9999.0, 1), (1e20, 5), (0, 0)])
+@pytest.mark.parametrize("value,cells", [(-9999.0, 70), (-99.0, 400), (1e20, 5), (0, 0)])
 def test_marks_of_no_data_are_told_by_value_and_count(value, cells):
     x = RAIN.copy()
     x.flat[:cells] = value
@@ -3265,7 +3275,7 @@ def test_an_error_of_what_is_known_leaves_room(trained):
 
 def exact_law(T, size, field):
     """The law of standardised clips of the built-in Gaussian field, largest modes first."""
-    w, V = (a.flip(-1) for a in torch.linalg.eigh(data.gaussian_covariance(T, size) / field.std**2))
+    w, V = (a.flip(-1) for a in torch.linalg.eigh(gaussian_covariance(T, size) / field.std**2))
     mean, variances = f64(-field.mean / field.std), w.clamp(min=1e-9).view(1, T, size, size)
     return D.Gaussian(mean.expand(1, 1, size, size), variances, (((-3, -2, -1), V.T.contiguous()),))
 
@@ -3278,7 +3288,7 @@ def test_an_ensemble_of_exact_forecasts_is_calibrated(workplace, tmp_path, monke
     law = exact_law(4, 6, data.Codec.load(kept["codec"]).variables[0]).map(lambda a: a.float())
     torch.save(kept | {"gaussian": law.state()}, tmp_path / "ckpt.pt")
     got = drawn(tmp_path, "task=forecast members=8 num_samples=640 batch_size=640 steps=16 verify=true")
-    scores, C = got.report["z"]["ensemble"], data.gaussian_covariance(4, 6)
+    scores, C = got.report["z"]["ensemble"], gaussian_covariance(4, 6)
     assert abs(scores["spread_skill"][0] - 1) < 0.1
     assert np.abs(np.array(scores["rank_histogram"]) * 9 - 1).max() < 0.3
     variance = (C[72:, 72:] - C[72:, :72] @ torch.linalg.solve(C[:72, :72], C[:72, 72:])).diagonal()
@@ -3297,7 +3307,7 @@ def test_an_ensemble_of_exact_forecasts_is_calibrated(workplace, tmp_path, monke
 def test_exact_clips_have_the_law_of_the_field(trained):
     settings = "exact=true num_samples=300 batch_size=300 steps=24"
     x = drawn(trained("dataset=gaussian size=8" + STILL), settings).x
-    w, V = np.linalg.eigh(data.gaussian_covariance(4, 8).numpy())
+    w, V = np.linalg.eigh(gaussian_covariance(4, 8).numpy())
     modes = x.reshape(300, -1) @ V[:, -12:]
     assert (np.abs(modes.mean(0)) < 4 * np.sqrt(w[-12:] / 300)).all()
     assert (np.abs(modes.var(0) / w[-12:] - 1) < 4 * math.sqrt(2 / 300)).all()
