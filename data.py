@@ -12,6 +12,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,11 +68,8 @@ def lag_covariance(frames, size):
 
 
 def latent_modes(frames, size):
-    """The exact law of a latent clip on the whole periodic box, by Fourier mode (M = 2 size).
-
-    Every mode is a series of `frames` independent of the others: its variances (M, M, T) in units of white
-    noise, and its unitary modes (M, M, T, T).
-    """
+    """The exact law of a latent clip on the whole periodic box (M = 2 size), whose Fourier modes are independent
+    series: of each its variances (M, M, T) in units of white noise and its unitary modes (M, M, T, T)."""
     S, rate, phase = spectrum(size)
     lag = torch.arange(frames, dtype=torch.float64)[:, None] - torch.arange(frames)  # (T, T)
     C = S[..., None, None] * torch.exp(-lag.abs() * rate[..., None, None] - 1j * lag * phase[..., None, None])
@@ -105,11 +103,8 @@ def rain_cdf(q, size):
 
 
 def rain_coefficients():
-    """Hermite coefficients a_n of max(0, z - c)^POWER by season, (4, 300).
-
-    a_0 is its mean, and E[f(z) f(z')] = sum a_n^2 rho^n where z and z' have correlation rho (Mehler); they
-    fall as n^-2, so that those left out are less than 1e-5 of the sum at rho = 1.
-    """
+    """Hermite coefficients a_n of max(0, z - c)^POWER by season, (4, 300): a_0 is its mean, and E[f(z) f(z')] =
+    sum a_n^2 rho^n where z and z' have correlation rho (Mehler). Those left out are less than 1e-5 of it."""
     z, a = np.linspace(0, 12, 20001), np.zeros((4, 300))
     for season in range(4):
         u, before, h = z + threshold(season), 0.0, np.ones_like(z)
@@ -160,12 +155,9 @@ def rain_law(size, frames, levels, dry=0.01):
 
 
 def generate(path, kind, size, seed):
-    """Write the built-in data: (SEASONS, SEASON_HOURS, size, size) float16 .npy, through a temporary file.
-
-    Season k + 5 of every ten is season k with its latent field negated (both train or both test). Each has
-    the exact law by itself; together their mean is exact, most of the record's own sampling error (the slow k
-    = 0 mode).
-    """
+    """Write the built-in data, (SEASONS, SEASON_HOURS, size, size) float16 .npy. Season k + 5 of every ten is
+    season k with its latent field negated (both train or both test): each has the exact law by itself, and
+    together their mean is exact, else most of the record's sampling error (the slow k = 0 mode)."""
     S, rate, phase = spectrum(size)
     generator = torch.Generator().manual_seed(seed)
     decay = torch.exp(-rate - 1j * phase).to(torch.complex64)
@@ -234,10 +226,16 @@ def is_degrees(attrs):
     return str(attrs.get("units", "")).lower().startswith("degree")
 
 
+def usual_step(steps):
+    """Median of |steps|, those of 0 left out; NaN if there are no others."""
+    steps = np.abs(steps[steps != 0])
+    return float(np.nanmedian(steps)) if np.isfinite(steps).any() else math.nan
+
+
 def cell_width(values):
     """Typical distance of neighbours of a coordinate (n,) or (H, W); 1 where there is but one value."""
-    steps = np.abs(np.concatenate([np.diff(values, axis=i).ravel() for i in range(values.ndim)]))
-    return float(np.median(steps[steps > 0])) if (steps > 0).any() else 1.0
+    step = usual_step(np.concatenate([np.diff(values, axis=i).ravel() for i in range(values.ndim)]))
+    return step if step == step else 1.0
 
 
 def distance(a, b, period):
@@ -433,8 +431,7 @@ class Record:
         self.ends = np.cumsum([len(p) for p in self.pieces])
         self.index = np.arange(len(self)) if self.index is None else self.index
         self.member = np.zeros(len(self), int) if self.member is None else self.member
-        steps = np.diff(self.hours)[np.diff(self.member) == 0]
-        step = float(np.median(steps[steps > 0])) if (steps > 0).any() else math.nan
+        step = usual_step(np.diff(self.hours)[np.diff(self.member) == 0])
         size = tuple(int(n) // self.coarsen for n in first[self.layout.names[0]].shape[-2:])
         self.layout = replace(self.layout, size=size, step_hours=step)
         more = [k for k in first if k not in self.layout.names and all(k in p.arrays for p in self.pieces)]
@@ -470,9 +467,8 @@ class Record:
         if H % n or W % n:
             raise InputError(f"--coarsen={n} does not divide the grid of {H} x {W}")
         for k, c in self.layout.coords.items():
-            coords[k] = (
-                c | {"values": places(c, 360 if is_degrees(c["attrs"]) else None, n)} if c["dims"] else c
-            )
+            period = 360 if is_degrees(c["attrs"]) else None
+            coords[k] = c | {"values": places(c, period, n)} if c["dims"] else c
         extras = {k: block_means(v, n) if v.ndim == 2 else v for k, v in self.extras.items() if v.ndim < 3}
         return replace(self, layout=replace(self.layout, coords=coords), extras=extras, coarsen=n)
 
@@ -550,8 +546,7 @@ def decode_times(values, attrs):
     except (ValueError, TypeError, OverflowError):  # no date, or one that nobody knows
         if unit:
             return v * unit, "none"
-        steps = np.abs(np.diff(v))
-        step = np.median(steps[steps > 0]) if (steps > 0).any() else math.nan
+        step = usual_step(np.diff(v))
         return v / step if step == step else np.arange(float(len(v))), "frames"
     late = np.nanmin(hours, initial=0) > -3.39e6  # from 1583 on the two are one
     return hours, "standard" if calendar == "proleptic_gregorian" and late else calendar
@@ -918,8 +913,7 @@ def read_file(path, wanted, group, select, memory):
     if REFERENCE in members and calendar == "none":  # hours from it
         since, dated = times_of(ds, REFERENCE, first.sizes[REFERENCE])
         if dated not in UNDATED:
-            calendar, at = dated, members.index(REFERENCE)
-            starts += np.expand_dims(since, [i for i in range(len(members)) if i != at])
+            calendar, starts = dated, starts + since.reshape([-1 if d == REFERENCE else 1 for d in members])
     coords = coordinates(ds, first, (ydim, xdim), notes)
     mapping = {"grid_mapping": k for k, c in coords.items() if not c["dims"]}
     attrs = [plain(fields[n].attrs) | mapping for n in names]
@@ -1195,10 +1189,6 @@ class Conditions:
                 fitted.append({"name": name, "channels": 1, "mean": mean, "std": std})
         return cls(fitted)
 
-    @classmethod
-    def load(cls, state):
-        return cls(state)
-
     def state(self):
         return self.fitted
 
@@ -1243,7 +1233,7 @@ class Conditions:
 # ------------------------------------------------------------------------------------------------------------
 # transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
 
-GAP = 0.25  # of `censored`: the dry value lies this far below the lightest rain, in Gaussian scores
+GAP = 0.25  # of `censored`, else 0: its dry value lies so far below the lightest rain, in Gaussian scores
 TANH_UNITS, LEAST_SLOPE, LEARNT_STEPS = 32, 0.1, 300  # of `learnt`: tanh units, least gradient, steps of Adam
 
 
@@ -1274,6 +1264,8 @@ def fit_quantile(x, floor, gap=0.0):
     line with the slope of the last unit of y. An atom at the floor is one value, `gap` below the score at
     which the rest begins. Returns knots (2, K) and the score of the floor, None without one.
     """
+    if gap and floor is None:
+        raise InputError("transform 'censored' needs an atom at the minimum (dry cells): use quantile")
     n, rest = len(x), x if floor is None else x[x > floor]
     share = len(rest) / n
     tail = max(min(20 / n, 0.05 * share), 0.7 / n)
@@ -1288,13 +1280,6 @@ def fit_quantile(x, floor, gap=0.0):
     if floor is None:
         X, Y = np.append(X[0] - 1e3 * slope[1], X), np.append(Y[0] - 1e3, Y)
     return np.stack([X, Y]), None if floor is None else float(edge - gap)
-
-
-def fit_censored(x, floor):
-    """`quantile` with the dry atom apart: an estimate may err by the gap and is exactly dry."""
-    if floor is None:
-        raise InputError("transform 'censored' needs an atom at the minimum (dry cells): use quantile")
-    return fit_quantile(x, floor, GAP)
 
 
 def fit_learnt(x, floor):
@@ -1329,7 +1314,7 @@ def fit_learnt(x, floor):
     return np.stack([X, increasing(X)[0].detach().numpy()]), None
 
 
-TABLES = {"quantile": fit_quantile, "censored": fit_censored, "learnt": fit_learnt}
+TABLES = {"quantile": fit_quantile, "censored": partial(fit_quantile, gap=GAP), "learnt": fit_learnt}
 TRANSFORMS = (*FORMULAS, *TABLES)
 
 

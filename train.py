@@ -383,7 +383,7 @@ class Model:
         gaussian = diffusion.Gaussian(**checkpoint["gaussian"])
         network.load_state_dict(checkpoint[weights])
         denoiser = make_denoiser(network, gaussian, codec, settings, dtype)
-        parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions.load(checkpoint["conditions"])
+        parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions(checkpoint["conditions"])
         return cls(denoiser, *parts, checkpoint["extent"], settings)
 
     def open_record(self):
