@@ -68,8 +68,8 @@ def lag_covariance(frames, size):
 
 
 def latent_modes(frames, size):
-    """The exact law of a latent clip on the whole periodic box (M = 2 size), whose Fourier modes are independent
-    series: of each its variances (M, M, T) in units of white noise and its unitary modes (M, M, T, T)."""
+    """The exact law of a latent clip on the whole periodic box, M = 2 size. Its Fourier modes are independent
+    series: variances (M, M, T) in units of white noise and unitary modes (M, M, T, T) of each."""
     S, rate, phase = spectrum(size)
     lag = torch.arange(frames, dtype=torch.float64)[:, None] - torch.arange(frames)  # (T, T)
     C = S[..., None, None] * torch.exp(-lag.abs() * rate[..., None, None] - 1j * lag * phase[..., None, None])
@@ -103,8 +103,8 @@ def rain_cdf(q, size):
 
 
 def rain_coefficients():
-    """Hermite coefficients a_n of max(0, z - c)^POWER by season, (4, 300): a_0 is its mean, and E[f(z) f(z')] =
-    sum a_n^2 rho^n where z and z' have correlation rho (Mehler). Those left out are less than 1e-5 of it."""
+    """Hermite coefficients a_n of f(z) = max(0, z - c)^POWER by season, (4, 300): a_0 is its mean, and
+    E[f(z) f(z')] = sum a_n^2 rho^n where z, z' have correlation rho (Mehler); others are less than 1e-5."""
     z, a = np.linspace(0, 12, 20001), np.zeros((4, 300))
     for season in range(4):
         u, before, h = z + threshold(season), 0.0, np.ones_like(z)
@@ -270,22 +270,16 @@ def by(size):
 
 @dataclass
 class Layout:
-    """What the frames of a record are: variables, grid and time step, in plain values and arrays.
-
-    names, attrs: per variable (units and long_name are text); dims: names of (y, x); size: (H, W); coords:
-    {name: {"dims", "values", "attrs"}} on (y, x), one without dims is a grid mapping; calendar: a CF
-    calendar, "none" for hours without dates or "frames" for numbers of frames; step_hours: the usual step,
-    NaN of a single frame; named: False where the names are made up, as those of a bare array.
-    """
+    """What the frames of a record are, in plain values and arrays."""
 
     names: list
-    attrs: list
+    attrs: list  # of each variable; units and long_name are text
     dims: tuple = ("y", "x")
-    size: tuple = ()
-    coords: dict = field(default_factory=dict)
-    calendar: str = "frames"
-    step_hours: float = math.nan
-    named: bool = True
+    size: tuple = ()  # (H, W)
+    coords: dict = field(default_factory=dict)  # {name: {dims, values, attrs}}; without dims: a grid mapping
+    calendar: str = "frames"  # of CF, "none": hours without dates, or "frames": numbers of frames
+    step_hours: float = math.nan  # the usual step; NaN of a single frame
+    named: bool = True  # False: the names are made up, as those of a bare array
 
     @property
     def dated(self):
@@ -407,24 +401,17 @@ class Piece:
 
 @dataclass(eq=False)
 class Record:
-    """Frames of C variables on one grid, read piece by piece; large arrays stay on disk.
+    """Frames of C variables on one grid, read piece by piece; large arrays stay on disk."""
 
-    layout: size and step_hours are set here; pieces: list of Piece; hours: (N,) since EPOCH in the calendar;
-    extras: {name: array-like (H, W), (N,) or (N, H, W)}, what a model may be told; block: frames per block of
-    the split, or None; index: (N,) where in the pieces a frame lies; member: (N,) numbers of the independent
-    series in it; coarsen: frames are means over so many cells square; notes: one line each of what was
-    assumed, sorted or left out.
-    """
-
-    layout: Layout
+    layout: Layout  # its size and step_hours are set here
     pieces: list
-    hours: np.ndarray
-    extras: dict = field(default_factory=dict)
-    block: int = None
-    index: np.ndarray = None
-    member: np.ndarray = None
-    notes: list = field(default_factory=list)
-    coarsen: int = 1
+    hours: np.ndarray  # (N,) since EPOCH in the calendar
+    extras: dict = field(default_factory=dict)  # {name: array-like (H, W), (N,) or (N, H, W)} to be told
+    block: int = None  # frames per block of the split
+    index: np.ndarray = None  # (N,) where in the pieces a frame lies
+    member: np.ndarray = None  # (N,) number of the independent series it belongs to
+    notes: list = field(default_factory=list)  # a line each of what was assumed, sorted or left out
+    coarsen: int = 1  # frames are means over so many cells square
 
     def __post_init__(self):
         self.hours, first = np.asarray(self.hours, np.float64), self.pieces[0].arrays
@@ -481,15 +468,14 @@ class Record:
         as hours of its step. Raises InputError where they differ in more than order (Layout.match)."""
         order = layout.match(self.layout, what, factor)
         extras = {k: v for k, v in self.extras.items() if not isinstance(v, Told)}
-        if order is not None:
+        if order is not None:  # blocks of cells move as a whole
             extras = {k: v[np.ix_(*order)] if v.ndim == 2 else v for k, v in extras.items()}
+            order = tuple((i[:, None] * self.coarsen + np.arange(self.coarsen)).ravel() for i in order)
         hours, own = self.hours, replace(self.layout, names=layout.names, attrs=layout.attrs)
         if factor == 1:
             own = replace(own, dims=layout.dims, coords=layout.coords)
         if own.calendar == "frames" and layout.calendar != "frames":
             hours, own = hours * layout.step_hours, replace(own, calendar="none")
-        if order is not None:  # blocks of cells move as a whole
-            order = tuple((i[:, None] * self.coarsen + np.arange(self.coarsen)).ravel() for i in order)
         names = dict(zip(self.layout.names, layout.names))
         pieces = [p.seen_as(names, order) for p in self.pieces]
         return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras)
@@ -590,7 +576,6 @@ def duration(hours):
 
 
 def date_text(hours, layout):
-    """A time of a record in words."""
     if not layout.dated or xr is None:
         return f"{'frame' if layout.calendar == 'frames' else 'hour'} {hours:g}"
     return str(cftime.num2date(round(hours * 60) / 60, EPOCH, layout.calendar))[:16]
@@ -602,7 +587,10 @@ def date_text(hours, layout):
 MEMORY = 2**30  # bytes of fields held in memory; larger ones are read window by window
 KINDS = ("numpy", "netcdf", "zarr")
 SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5")
-FOREIGN = {  # how files begin that are not read
+BEGINNINGS = {  # of files, and their kind or why they are not read
+    b"\x93NUMPY": "numpy",
+    b"CDF": "netcdf",
+    b"\x89HDF": "netcdf",
     b"GRIB": "is GRIB: convert it, grib_to_netcdf -o OUT.nc or cdo -f nc copy",
     b"PK": "is a zip archive: unpack it",
     b"\x1f\x8b": "is compressed: gunzip it",
@@ -631,7 +619,6 @@ def plain(attrs):
 
 
 def reason(e):
-    """An error in one line."""
     if "pickle" in str(e):
         return "it holds Python objects, which could run code: save numbers, texts or dates"
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
@@ -845,13 +832,11 @@ def kind_of(path):
         return "zarr" if store else "is a folder: give its path"
     with open(path, "rb") as f:
         start = f.read(8)
-    if path.suffix.lower() in (".npy", ".npz") or start.startswith(b"\x93NUMPY"):
+    if path.suffix.lower() in (".npy", ".npz"):
         return "numpy"
-    for magic, text in FOREIGN.items():
-        if start.startswith(magic):
-            return text
-    netcdf = start.startswith((b"CDF", b"\x89HDF")) or path.suffix.lower() in SUFFIXES
-    return "netcdf" if netcdf else "is none of NetCDF, HDF5, Zarr, .npy and .npz"
+    kinds = [kind for magic, kind in BEGINNINGS.items() if start.startswith(magic)]
+    kinds += ["netcdf"] * (path.suffix.lower() in SUFFIXES)
+    return [*kinds, "is none of NetCDF, HDF5, Zarr, .npy and .npz"][0]
 
 
 def coordinates(ds, da, dims, notes):
@@ -864,7 +849,7 @@ def coordinates(ds, da, dims, notes):
         if name in RESERVED and {*c.dims} & {*dims}:
             notes.append(f"coordinate '{name}' is left out: written samples have that name themselves")
         elif c.dtype.kind in "fiu" and c.ndim and {*c.dims} <= {*dims}:
-            c = c.transpose(*[d for d in dims if d in c.dims])
+            c = c.transpose(*dims, missing_dims="ignore")
             coords[name] = {"dims": list(c.dims), "values": c.values, "attrs": plain(c.attrs)}
         elif name == mapping and c.ndim == 0:
             coords[name] = {"dims": [], "values": np.zeros((), np.int32), "attrs": plain(c.attrs)}
@@ -891,9 +876,9 @@ def choose(path, ds, wanted, bare):
     return names, {k: f for k, f in usable.items() if f.sizes == grid}
 
 
-def read_file(path, wanted, group, select, memory):
+def read_file(path, wanted, group, select, memory, notes):
     """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk."""
-    kind, notes = kind_of(path), []
+    kind = kind_of(path)
     if kind not in KINDS:
         raise InputError(f"{path} {kind}")
     if xr is None:
@@ -907,7 +892,7 @@ def read_file(path, wanted, group, select, memory):
     members = [d for d in members_of(ds) if d in front]
     tdim = next((d for d in front if d not in members), None)
     hours, calendar = times_of(ds, tdim, first.sizes.get(tdim, 1))
-    if calendar == "frames" and not bare:
+    if calendar == "frames" and not bare and len(hours):
         notes.append("no times are found that can be read: frames are numbered, and their step is unknown")
     starts = np.zeros([first.sizes[d] for d in members])
     if REFERENCE in members and calendar == "none":  # hours from it
@@ -921,7 +906,7 @@ def read_file(path, wanted, group, select, memory):
     extras = {}
     for k, v in ds.variables.items():
         if k not in (*names, tdim) and v.dtype.kind in "fiub" and {*v.dims} in ({tdim}, {ydim, xdim}):
-            extras[k] = v.transpose(*[d for d in (tdim, ydim, xdim) if d in v.dims]).values
+            extras[k] = v.transpose(tdim, ydim, xdim, missing_dims="ignore").values
     held = fields if kind == "numpy" else names if first.size * len(names) * 4 < memory else []
     try:
         fields |= {k: fields[k].values for k in held}
@@ -930,7 +915,7 @@ def read_file(path, wanted, group, select, memory):
     records = []
     for m, start in np.ndenumerate(starts):
         piece = Piece({k: f[m] for k, f in fields.items()}, str(path))
-        records.append(Record(layout, [piece], hours + start, extras, notes=notes))
+        records.append(Record(layout, [piece], hours + start, extras))
     if members:
         notes.append(f"the {len(records)} members along {', '.join(members)} are records of their own")
     return records
@@ -945,7 +930,7 @@ def read_folder(path, wanted, select, notes):
         raise InputError(f"folder {path} holds nothing to read: {[*others, 'it is empty'][0]}")
     if others:
         notes.append(f"{len(others)} entries of the folder are not read: {others[0]}")
-    records = [read_file(p, wanted, "", select, MEMORY / len(files)) for p in files]
+    records = [read_file(p, wanted, "", select, MEMORY / len(files), notes) for p in files]
     empty = [p.name for p, r in zip(files, records) if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
@@ -975,7 +960,7 @@ def numbered(files, notes):
 
 
 def same_frames(a, b):
-    """Whether two records of the same times, more than one, have the same values as far as ten frames tell."""
+    """Whether records of the same times, more than one, have the same values, as far as ten frames tell."""
     pairs = ((r.frames(i, i + 1) for r in (a, b)) for i in thin(np.arange(len(a)), 10))
     return len(a) > 1 and all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
 
@@ -994,8 +979,8 @@ def join(parts, notes):
         if order is not None:
             notes.append(f"{source} has its rows or columns in another order than {reference}: reordered")
         r.pieces = [p.seen_as(dict(zip(r.layout.names, first.layout.names)), order) for p in r.pieces]
-    series = {number: i for i, number in enumerate(sorted(set(numbers)))}
-    member = np.concatenate([np.full(len(r), series[number]) for number, r in parts])
+    series = np.unique(numbers, axis=0, return_inverse=True)[1].ravel()
+    member = np.repeat(series, [len(r) for r in records])
     hours, pieces = np.concatenate([r.hours for r in records]), [p for r in records for p in r.pieces]
     whole, order = Record(first.layout, pieces, hours), np.lexsort((hours, member))
     order = order[np.isfinite(hours[order])]
@@ -1041,10 +1026,10 @@ def open_record(dataset, variables="", size=32, seed=0, select=""):
     if path.is_dir() and kind_of(path) not in KINDS:
         files = read_folder(path, wanted, select, notes)
     else:
-        files = [read_file(path, wanted, group, select, MEMORY)]
+        files = [read_file(path, wanted, group, select, MEMORY, notes)]
     if not files or not np.isfinite(np.concatenate([records[0].hours for records in files])).any():
         raise InputError(f"{path} holds no frames")
-    notes += dict.fromkeys(note for records in files for note in records[0].notes)
+    notes = [*dict.fromkeys(notes)]  # the same of many files once
     record = join(numbered(files, notes), notes)
     for name in record.layout.names:
         if "/" in name or name in RESERVED or name in record.layout.coords:
@@ -1072,11 +1057,8 @@ def runs(record, frames):
 
 def split_windows(record, frames, length=None):
     """Starts of all clips of consecutive frames, (train, test): every fifth block is test data, no clip is in
-    both.
-
-    frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if another.
-    Raises InputError where either part has none.
-    """
+    both. frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if
+    another. Raises InputError where either part has none."""
     N, length = len(record), length or frames
     if N < 2 * frames:
         raise InputError(f"the dataset has {N} frames; clips of --frames={frames} need at least {2 * frames}")
@@ -1157,14 +1139,10 @@ DAYS = {"360_day": 360, "noleap": 365, "all_leap": 366}  # others 365.2425
 @dataclass
 class Conditions:
     """What a model is told of its clips: `hour`, `day` (of the year), and static fields (H, W), series (N,)
-    and fields in time (N, H, W) of a record's extras.
+    and fields in time (N, H, W) of a record's extras. Numbers are standardised; a series of at most 16 whole
+    numbers is taken for classes, one channel each."""
 
-    fitted: a dict of plain values each, name and channels, with either period (hours), classes, or mean and
-    std. Numbers are standardised; a series of at most 16 whole numbers is taken for classes, one channel
-    each.
-    """
-
-    fitted: list
+    fitted: list  # of dicts: name and channels, with either period (hours), classes, or mean and std
 
     @classmethod
     def fit(cls, record, names, index):
@@ -1249,10 +1227,7 @@ FORMULAS = {  # odd functions of x and a typical |x|, and their inverses
     "none": (lambda x, s: x, lambda y, s: y),
     "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
     "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3),
-    "log": (
-        lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s),
-        lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s,
-    ),
+    "log": (lambda x, s: np.sign(x) * np.log1p(abs(x) / s), lambda y, s: np.sign(y) * np.expm1(abs(y)) * s),
 }
 
 
@@ -1331,29 +1306,23 @@ def find_floor(x):
 @dataclass
 class Variable:
     """One variable and its transform: physical arrays of any shape <-> float64 of mean 0 and variance 1 in
-    training.
-
-    floor: what no value lies below and many have, or None; rounding: up to this above it a value is the
-    floor; dry: up to this above it counts as dry, 0 without one; scale: of FORMULAS; knots (2, K): of TABLES;
-    dry_score: y of the floor in them; low, high: range of the standardised training values; summary: what was
-    found, one line.
-    """
+    training."""
 
     name: str
     units: str
     long_name: str
     transform: str
-    floor: float = None
-    rounding: float = 0.0
-    dry: float = 0.0
-    scale: float = 1.0
-    knots: torch.Tensor = None
-    dry_score: float = None
+    floor: float = None  # what no value lies below and many have
+    rounding: float = 0.0  # up to this above it a value is the floor
+    dry: float = 0.0  # up to this above it a value counts as dry; 0 without a floor
+    scale: float = 1.0  # of FORMULAS
+    knots: torch.Tensor = None  # (2, K), of TABLES
+    dry_score: float = None  # y of the floor in them
     mean: float = 0.0
     std: float = 1.0
-    low: float = 0.0
+    low: float = 0.0  # lowest and highest standardised training value
     high: float = 0.0
-    summary: str = ""
+    summary: str = ""  # what was found, one line
 
     @classmethod
     def fit(cls, name, attrs, transform, x):
@@ -1446,12 +1415,11 @@ def valid_cells(record, starts, frames):
 
 @dataclass
 class Codec:
-    """Physical clips <-> standardised ones: a list of Variable; valid (C, 1, H, W), 1 where a cell ever has
-    data; complete: whether no value is missing in training."""
+    """Physical clips <-> standardised ones."""
 
     variables: list
-    valid: torch.Tensor
-    complete: bool
+    valid: torch.Tensor  # (C, 1, H, W), 1 where a cell ever has data
+    complete: bool  # whether no value is missing in training
 
     @classmethod
     def fit(cls, record, starts, frames, names):
@@ -1512,10 +1480,11 @@ class Codec:
 def describe(record, codec, train_starts, test_starts, frames):
     """What was understood of the data, a few lines; record.notes says what reading did to it."""
     layout, axes = record.layout, []
-    for d, c in zip(layout.dims, (layout.axis(0), layout.axis(1))):
-        v = None if c is None else places(c)
-        units = "" if c is None else f" {c['attrs'].get('units', '')}".rstrip()
-        axes.append(d if v is None else f"{d} {v[0]:g} to {v[-1]:g}{units}")
+    for i, d in enumerate(layout.dims):
+        c, ends = layout.axis(i), ""
+        if c is not None:
+            ends = " {:g} to {:g} ".format(*places(c)[[0, -1]]) + c["attrs"].get("units", "")
+        axes.append((d + ends).rstrip())
     axes += [k for k, c in layout.coords.items() if len(c["dims"]) == 2]
     dates = " to ".join(date_text(h, layout) for h in (record.hours.min(), record.hours.max()))
     dated = layout.calendar != "frames"
