@@ -754,14 +754,14 @@ def fields_of(ds):
             merged = "ds.sel(expver=1).combine_first(ds.sel(expver=5))"
             refused[name] = f"{sizes} has ERA5 and ERA5T apart: merge them, {merged}"
         elif rest and not channels:
-            mend = f"choose with --select={rest[0]}={da[rest[0]].values[0]:g}"
+            mend = f"choose with --select={rest[0]}={texts(da[rest[0]].values)[0]}"
             mend += "" if t else f"; if it is time, ds.rename({rest[0]}='time')"
             refused[name] = f"{sizes} has more dimensions than time, y and x: {mend}"
         else:
             found = {c: da.isel({rest[0]: i}, drop=True) for i, c in enumerate(channels)} or {name: da}
             for i, v in enumerate(found.values()):
                 if "units" in ds and ds["units"].dims == tuple(rest):
-                    v.attrs["units"] = str(ds["units"].values[i])
+                    v.attrs["units"] = texts(ds["units"].values)[i]
             usable |= {k: v.transpose(*front, y, x) for k, v in found.items()}
     return usable, refused
 

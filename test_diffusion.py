@@ -1575,6 +1575,7 @@ def test_damaged_files_are_refused(tmp_path, kind):
 
 BAND = dataset().rename(time="band").drop_vars("band")
 CELLS = dataset().stack(cell=("lat", "lon")).reset_index("cell")
+FURTHER = dataset().isel(time=0).expand_dims(region=["n", "s"], plev=[500.0, 850.0])
 GRIDS = xr.merge([dataset(), dataset(name="u", lat=("y2", LAT[1]), dims=("time", "y2", "lon"))])
 
 
@@ -1602,6 +1603,7 @@ REFUSED = {  # what is written, variables, words of the message
     "no_frames.nc": (lambda p: dataset().isel(time=slice(0, 0)).to_netcdf(p), "", "holds no frames"),
     "expver.nc": (lambda p: dataset().expand_dims(expver=[1, 5]).to_netcdf(p), "", r"expver=1\).combine"),
     "mixed.nc": (lambda p: GRIDS.to_netcdf(p), "", "different grids.*--variables"),
+    "two.nc": (lambda p: FURTHER.to_netcdf(p), "", "choose with --select=region=n;"),
     "empty_folder": (lambda p: p.mkdir(), "", "it is empty"),
     "folders": (lambda p: (p / "2019").mkdir(parents=True), "", "holds nothing.*2019 is a folder: give its"),
     "one_frame_each": (one_frame_each, "", "have no order"),
