@@ -169,9 +169,8 @@ def generate(path, kind, size, seed):
 
     c = torch.from_numpy(threshold(np.arange(SEASONS))).float()[:, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        out = reserved(temporary, (SEASONS, SEASON_HOURS, size, size), np.float16)
+    with replacing(path) as f:
+        out = reserved(f.name, (SEASONS, SEASON_HOURS, size, size), np.float16)
         z = S.sqrt() * noise()
         for hour in tqdm(range(SEASON_HOURS), desc=f"making {path}", unit="h"):
             latent = torch.fft.ifft2(z, norm="forward")[:, :size, :size]
@@ -180,10 +179,6 @@ def generate(path, kind, size, seed):
             out[:, hour] = latent if kind == "gaussian" else rain(latent, c)
             z = decay * z + kick * noise()
         out.flush()
-        del out
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def builtin(kind, size, seed, folder="data"):
@@ -1515,7 +1510,7 @@ def write_samples(folder, x, layout, history, lead, reference=None):
     """
     folder.mkdir(parents=True, exist_ok=True)
     coords = {k: c for k, c in layout.coords.items() if len(c["dims"])}
-    origin = [] if reference is None else ["forecast_reference_time"]
+    origin = [] if reference is None else [REFERENCE]
     units = np.array([a.get("units", "1") for a in layout.attrs])
     arrays = {"samples": x, "channel": np.array(layout.names), "units": units, "time": lead}
     arrays |= {k: np.asarray(c["values"]) for k, c in coords.items()} | dict.fromkeys(origin, reference)
