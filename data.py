@@ -624,7 +624,7 @@ def numpy_dataset(path, wanted, notes):
     dimensions that an array `dims` names; 1-D arrays named like time, y and x are their coordinates."""
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        name = "field" if path.stem in ("time", "y", "x") else path.stem  # those are names of dimensions
+        name = "field" if path.stem in RESERVED else path.stem
         arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {name: loaded}
     except Exception as e:
         raise InputError(f"cannot read {path}: {reason(e)}")
@@ -638,7 +638,8 @@ def numpy_dataset(path, wanted, notes):
     if not dims:
         for axis, name, size in ("T", "time", n), ("Y", "y", H), ("X", "x", W):
             fits = [k for k, a in arrays.items() if a.shape == (size,)]
-            dims.append(next((k for k in fits if re.fullmatch(AXES[axis][1], k.lower())), name))
+            fits = [k for k in fits if re.fullmatch(AXES[axis][1], k.lower())]
+            dims.append([*fits, axis if name in fields else name][0])  # a field may be named x
         if channels and (channels[0] > 4 or W <= 4 < H):
             taken = f"{path} is taken for frames of {channels[0]} channels of {H} x {W}"
             notes.append(f"{taken}; if channels come last, np.moveaxis(a, -1, 1); clips: one file each")
@@ -955,9 +956,9 @@ def numbered(files, notes):
 
 
 def same_frames(a, b):
-    """Whether records of the same times, more than one, have the same values, as far as ten frames tell."""
+    """Whether records of the same times have the same values, as far as ten frames tell."""
     pairs = ((r.frames(i, i + 1) for r in (a, b)) for i in thin(np.arange(len(a)), 10))
-    return len(a) > 1 and all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
+    return all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
 
 
 def join(parts, notes):
