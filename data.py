@@ -12,7 +12,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,22 +67,9 @@ def lag_covariance(frames, size):
     return torch.fft.ifft2(S * torch.exp(-lags * (rate + 1j * phase)), norm="forward").real
 
 
-def gaussian_covariance(frames, size):
-    """Exact covariance of a `gaussian` clip of shape (frames, size, size) flattened: (D, D) float64."""
-    C = lag_covariance(frames, size)
-    axes = torch.arange(frames), torch.arange(size), torch.arange(size)
-    t, y, x = (i.flatten() for i in torch.meshgrid(*axes, indexing="ij"))
-    dt, dy, dx = (i[:, None] - i for i in (t, y, x))
-    sign = torch.where(dt < 0, -1, 1)  # C(-h, -d) = C(h, d)
-    return C[dt.abs(), (sign * dy) % (2 * size), (sign * dx) % (2 * size)]
-
-
 def latent_modes(frames, size):
-    """The exact law of a latent clip on the whole periodic box, by Fourier mode (M = 2 size).
-
-    Every mode is a series of `frames` independent of the others: its variances (M, M, T) in units of white
-    noise, and its unitary modes (M, M, T, T).
-    """
+    """The exact law of a latent clip on the whole periodic box, M = 2 size. Its Fourier modes are independent
+    series: variances (M, M, T) in units of white noise and unitary modes (M, M, T, T) of each."""
     S, rate, phase = spectrum(size)
     lag = torch.arange(frames, dtype=torch.float64)[:, None] - torch.arange(frames)  # (T, T)
     C = S[..., None, None] * torch.exp(-lag.abs() * rate[..., None, None] - 1j * lag * phase[..., None, None])
@@ -116,11 +103,8 @@ def rain_cdf(q, size):
 
 
 def rain_coefficients():
-    """Hermite coefficients a_n of max(0, z - c)^POWER by season, (4, 300).
-
-    a_0 is its mean, and E[f(z) f(z')] = sum a_n^2 rho^n where z and z' have correlation rho (Mehler); they
-    fall as n^-2, so that those left out are less than 1e-5 of the sum at rho = 1.
-    """
+    """Hermite coefficients a_n of f(z) = max(0, z - c)^POWER by season, (4, 300): a_0 is its mean, and
+    E[f(z) f(z')] = sum a_n^2 rho^n where z, z' have correlation rho (Mehler); others are less than 1e-5."""
     z, a = np.linspace(0, 12, 20001), np.zeros((4, 300))
     for season in range(4):
         u, before, h = z + threshold(season), 0.0, np.ones_like(z)
@@ -171,12 +155,9 @@ def rain_law(size, frames, levels, dry=0.01):
 
 
 def generate(path, kind, size, seed):
-    """Write the built-in data: (SEASONS, SEASON_HOURS, size, size) float16 .npy, through a temporary file.
-
-    Season k + 5 of every ten is season k with its latent field negated (both train or both test). Each has
-    the exact law by itself; together their mean is exact, most of the record's own sampling error (the slow k
-    = 0 mode).
-    """
+    """Write the built-in data, (SEASONS, SEASON_HOURS, size, size) float16 .npy. Season k + 5 of every ten is
+    season k with its latent field negated (both train or both test): each has the exact law by itself, and
+    together their mean is exact, else most of the record's sampling error (the slow k = 0 mode)."""
     S, rate, phase = spectrum(size)
     generator = torch.Generator().manual_seed(seed)
     decay = torch.exp(-rate - 1j * phase).to(torch.complex64)
@@ -189,9 +170,8 @@ def generate(path, kind, size, seed):
     c = torch.from_numpy(threshold(np.arange(SEASONS))).float()[:, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        out = reserved(temporary, (SEASONS, SEASON_HOURS, size, size), np.float16)
+    with replacing(path) as f:
+        out = reserved(f.name, (SEASONS, SEASON_HOURS, size, size), np.float16)
         z = S.sqrt() * noise()
         for hour in tqdm(range(SEASON_HOURS), desc=f"making {path}", unit="h"):
             latent = torch.fft.ifft2(z, norm="forward")[:, :size, :size]
@@ -200,10 +180,6 @@ def generate(path, kind, size, seed):
             out[:, hour] = latent if kind == "gaussian" else rain(latent, c)
             z = decay * z + kick * noise()
         out.flush()
-        del out
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass
@@ -269,10 +245,16 @@ def is_degrees(attrs):
     return str(attrs.get("units", "")).lower().startswith("degree")
 
 
+def usual_step(steps):
+    """Median of |steps|, those of 0 left out; NaN if there are no others."""
+    steps = np.abs(steps[steps != 0])
+    return float(np.nanmedian(steps)) if np.isfinite(steps).any() else math.nan
+
+
 def cell_width(values):
     """Typical distance of neighbours of a coordinate (n,) or (H, W); 1 where there is but one value."""
-    steps = np.abs(np.concatenate([np.diff(values, axis=i).ravel() for i in range(values.ndim)]))
-    return float(np.median(steps[steps > 0])) if (steps > 0).any() else 1.0
+    step = usual_step(np.concatenate([np.diff(values, axis=i).ravel() for i in range(values.ndim)]))
+    return step if step == step else 1.0
 
 
 def distance(a, b, period):
@@ -307,22 +289,16 @@ def by(size):
 
 @dataclass
 class Layout:
-    """What the frames of a record are: variables, grid and time step, in plain values and arrays.
-
-    names, attrs: per variable (units and long_name are text); dims: names of (y, x); size: (H, W); coords:
-    {name: {"dims", "values", "attrs"}} on (y, x), one without dims is a grid mapping; calendar: a CF
-    calendar, "none" for hours without dates or "frames" for numbers of frames; step_hours: the usual step,
-    NaN of a single frame; named: False where the names are made up, as those of a bare array.
-    """
+    """What the frames of a record are, in plain values and arrays."""
 
     names: list
-    attrs: list
+    attrs: list  # of each variable; units and long_name are text
     dims: tuple = ("y", "x")
-    size: tuple = ()
-    coords: dict = field(default_factory=dict)
-    calendar: str = "frames"
-    step_hours: float = math.nan
-    named: bool = True
+    size: tuple = ()  # (H, W)
+    coords: dict = field(default_factory=dict)  # {name: {dims, values, attrs}}; without dims: a grid mapping
+    calendar: str = "frames"  # of CF, "none": hours without dates, or "frames": numbers of frames
+    step_hours: float = math.nan  # the usual step; NaN of a single frame
+    named: bool = True  # False: the names are made up, as those of a bare array
 
     @property
     def dated(self):
@@ -368,70 +344,60 @@ class Layout:
         return cls(**{**state, "dims": tuple(state["dims"]), "size": tuple(state["size"]), "coords": coords})
 
     def match(self, other, what, factor=1, reference="the checkpoint", step=True):
-        """Which rows and columns of `other` are this grid's, ((H,), (W,)), where only their order differs;
-        else None.
+        """Which rows and columns of `other` are this grid's, ((H,), (W,)), None if all are in order.
 
         other: the Layout of `what`, at 1 / factor of the resolution. Raises InputError, naming what differs:
-        step (a tenth), names, units, calendar, size, coordinates (1/100 cell). What one does not know is not
-        compared.
+        step, names, units, calendar, size, coordinates (1/100 cell). What one does not know is not compared.
         """
 
-        def refuse(theirs, ours, mend):
-            raise InputError(f"{what} has {theirs}; {reference} has {ours}: {mend}")
+        def require(same, theirs, ours, mend):
+            if not same:
+                raise InputError(f"{what} has {theirs}; {reference} has {ours}: {mend}")
 
         if step and "frames" not in (self.calendar, other.calendar):
-            if abs(other.step_hours - self.step_hours) > step_tolerance(self.step_hours):
-                steps = (f"a frame every {duration(layout.step_hours)}" for layout in (other, self))
-                refuse(*steps, "resample it")
-        if len(other.names) != len(self.names) or (self.named and other.named and other.names != self.names):
-            both = ",".join(n for n in self.names if n in other.names)
-            mend = f"choose --variables={both}" if both else "all must have the same (xarray.merge)"
-            refuse(f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
+            differs = abs(other.step_hours - self.step_hours) > step_tolerance(self.step_hours)
+            steps = (f"a frame every {duration(layout.step_hours)}" for layout in (other, self))
+            require(not differs, *steps, "resample it")
+        both = ",".join(n for n in self.names if n in other.names)
+        mend = f"choose --variables={both}" if both else "all must have the same (xarray.merge)"
+        named = self.named and other.named
+        same = other.names == self.names if named else len(other.names) == len(self.names)
+        require(same, f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
         for name, a, b in zip(self.names, self.attrs, other.attrs):
-            if "units" in a and "units" in b and canonical(a["units"]) != canonical(b["units"]):
-                refuse(f"{name} in {b['units']}", a["units"], "convert it first")
-        if self.dated and other.dated and self.calendar != other.calendar:
-            mend = "convert it, cdo setcalendar or ds.convert_calendar"
-            refuse(f"calendar {other.calendar}", self.calendar, mend)
-        size = tuple(n / factor for n in self.size)
-        if tuple(other.size) != size:
-            refuse(f"a grid of {by(other.size)}", by(size), "select or regrid the same cells")
-        order, wrong = self.order(other, factor)
-        if wrong:
-            name, *ends = wrong
-            spans = (f"{v.flat[0]:g} to {v.flat[-1]:g}" for v in ends)
-            refuse(f"{name} {next(spans)}", next(spans), "select or regrid the same cells")
-        return order
-
-    def order(self, other, factor):
-        """`match` of the coordinates: the order, and of one that differs (name, the other's values, ours)."""
-        order, pairs = [], []  # pairs: name, values of both, axes, period
-        for i in (0, 1):
-            a, b = self.axis(i), other.axis(i)
-            order.append(np.arange(int(other.size[i])))
-            if a is not None and b is not None:
-                period = 360 if i == 1 and (self.is_angle(1) or other.is_angle(1)) else None
-                ours, theirs = places(a, period, factor), places(b)
-                if not (distance(ours, theirs, period) <= cell_width(ours) / 100).all():
-                    order[i] = distance(ours[:, None], theirs, period).argmin(1)
-                pairs.append((next(k for k, c in other.coords.items() if c is b), theirs, ours, [i], period))
-        for name, c in self.coords.items():
-            if len(c["dims"]) == 2 and name in other.coords:
-                period = 360 if is_degrees(c["attrs"]) else None
-                pairs.append((name, places(other.coords[name]), places(c, period, factor), [0, 1], period))
-        for name, theirs, ours, axes, period in pairs:
-            d = distance(ours, theirs[np.ix_(*(order[i] for i in axes))], period)
-            if not (d <= cell_width(ours) / 100).all():
-                return None, (name, theirs, ours)
-        return None if all((np.diff(o) == 1).all() for o in order) else tuple(order), None
+            if "units" in a and "units" in b:
+                same = canonical(a["units"]) == canonical(b["units"])
+                require(same, f"{name} in {b['units']}", a["units"], "convert it first")
+        same = not (self.dated and other.dated) or self.calendar == other.calendar
+        mend = "convert it, cdo setcalendar or ds.convert_calendar"
+        require(same, f"calendar {other.calendar}", self.calendar, mend)
+        mend, size = "select or regrid the same cells", tuple(n / factor for n in self.size)
+        require(tuple(other.size) == size, f"a grid of {by(other.size)}", by(size), mend)
+        order = [np.arange(int(n)) for n in other.size]
+        pairs = [(self.axis(i), other.axis(i), [i]) for i in (0, 1)]
+        pairs += [(c, other.coords.get(k), [0, 1]) for k, c in self.coords.items() if len(c["dims"]) == 2]
+        for ours, theirs, axes in pairs:
+            if ours is None or theirs is None:
+                continue
+            angle = is_degrees(ours["attrs"]) or axes == [1] and (self.is_angle(1) or other.is_angle(1))
+            period = 360 if angle else None
+            a, b = places(ours, period, factor), places(theirs)
+            width = cell_width(a) / 100
+            if len(axes) == 1 and not (distance(a, b, period) <= width).all():
+                order[axes[0]] = distance(a[:, None], b, period).argmin(1)
+            same = (distance(a, b[np.ix_(*(order[i] for i in axes))], period) <= width).all()
+            name = next(k for k, c in other.coords.items() if c is theirs)
+            require(same, f"{name} {b.flat[0]:g} to {b.flat[-1]:g}", f"{a.flat[0]:g} to {a.flat[-1]:g}", mend)
+        return None if all((np.diff(o) == 1).all() for o in order) else tuple(order)
 
 
 @dataclass
 class Piece:
-    """A stretch of frames of one source: {name: array-like (n, H, W), or (H, W) of a single frame}."""
+    """A stretch of frames of one source: {name: array-like (n, H, W), or (H, W) of a single frame}, and which
+    (rows, columns) of them are read, None for all."""
 
     arrays: dict
     source: str = ""
+    order: tuple = None
 
     def __len__(self):
         array = next(iter(self.arrays.values()))
@@ -441,64 +407,37 @@ class Piece:
         """Frames [start, stop) of variables, (C, T, H, W) float32."""
         arrays = [self.arrays[n] for n in names]
         x = np.stack([np.asarray(a[start:stop] if a.ndim == 3 else a, np.float32) for a in arrays])
-        return x.reshape(len(names), stop - start, *x.shape[-2:])
+        x = x.reshape(len(names), stop - start, *x.shape[-2:])
+        return x if self.order is None else x[..., self.order[0][:, None], self.order[1]]
 
-    def renamed(self, names):
-        return Piece({names.get(k, k): a for k, a in self.arrays.items()}, self.source)
-
-
-@dataclass
-class Reordered:
-    """An array (n, H, W) or (H, W) with rows and columns in another order, read when it is indexed."""
-
-    array: object
-    rows: np.ndarray
-    columns: np.ndarray
-
-    @property
-    def ndim(self):
-        return self.array.ndim
-
-    @property
-    def shape(self):
-        return (*self.array.shape[:-2], len(self.rows), len(self.columns))
-
-    def __getitem__(self, frames):
-        return np.asarray(self.array[frames])[..., self.rows[:, None], self.columns]
-
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self[...], dtype)
+    def seen_as(self, names, order):
+        """The piece with other names of its variables, and of what it reads these rows and columns."""
+        if order is not None and self.order is not None:
+            order = tuple(i[j] for i, j in zip(self.order, order))
+        arrays = {names.get(k, k): a for k, a in self.arrays.items()}
+        return Piece(arrays, self.source, self.order if order is None else order)
 
 
 @dataclass(eq=False)
 class Record:
-    """Frames of C variables on one grid, read piece by piece; large arrays stay on disk.
+    """Frames of C variables on one grid, read piece by piece; large arrays stay on disk."""
 
-    layout: size and step_hours are set here; pieces: list of Piece; hours: (N,) since EPOCH in the calendar;
-    extras: {name: array-like (H, W), (N,) or (N, H, W)}, what a model may be told; block: frames per block of
-    the split, or None; index: (N,) where in the pieces a frame lies; member: (N,) numbers of the independent
-    series in it; order: which (rows, columns) to read, None for all; coarsen: frames are means over so many
-    cells square; notes: one line each of what was assumed, sorted or left out.
-    """
-
-    layout: Layout
+    layout: Layout  # its size and step_hours are set here
     pieces: list
-    hours: np.ndarray
-    extras: dict = field(default_factory=dict)
-    block: int = None
-    index: np.ndarray = None
-    member: np.ndarray = None
-    order: tuple = None
-    notes: list = field(default_factory=list)
-    coarsen: int = 1
+    hours: np.ndarray  # (N,) since EPOCH in the calendar
+    extras: dict = field(default_factory=dict)  # {name: array-like (H, W), (N,) or (N, H, W)} to be told
+    block: int = None  # frames per block of the split
+    index: np.ndarray = None  # (N,) where in the pieces a frame lies
+    member: np.ndarray = None  # (N,) number of the independent series it belongs to
+    notes: list = field(default_factory=list)  # a line each of what was assumed, sorted or left out
+    coarsen: int = 1  # frames are means over so many cells square
 
     def __post_init__(self):
         self.hours, first = np.asarray(self.hours, np.float64), self.pieces[0].arrays
         self.ends = np.cumsum([len(p) for p in self.pieces])
         self.index = np.arange(len(self)) if self.index is None else self.index
         self.member = np.zeros(len(self), int) if self.member is None else self.member
-        steps = np.diff(self.hours)[np.diff(self.member) == 0]
-        step = float(np.median(steps[steps > 0])) if (steps > 0).any() else math.nan
+        step = usual_step(np.diff(self.hours)[np.diff(self.member) == 0])
         size = tuple(int(n) // self.coarsen for n in first[self.layout.names[0]].shape[-2:])
         self.layout = replace(self.layout, size=size, step_hours=step)
         more = [k for k in first if k not in self.layout.names and all(k in p.arrays for p in self.pieces)]
@@ -518,7 +457,6 @@ class Record:
             first = at[part[0]] - end + len(p)
             parts.append(p.read(names or self.layout.names, first, first + len(part)))
         x = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
-        x = x if self.order is None else x[..., self.order[0][:, None], self.order[1]]
         missing = ~(np.abs(x) < 9.9e36)
         x = np.where(missing, np.float32(np.nan), x) if missing.any() else x
         return x if self.coarsen == 1 else block_means(x, self.coarsen)
@@ -535,9 +473,8 @@ class Record:
         if H % n or W % n:
             raise InputError(f"--coarsen={n} does not divide the grid of {H} x {W}")
         for k, c in self.layout.coords.items():
-            coords[k] = (
-                c | {"values": places(c, 360 if is_degrees(c["attrs"]) else None, n)} if c["dims"] else c
-            )
+            period = 360 if is_degrees(c["attrs"]) else None
+            coords[k] = c | {"values": places(c, period, n)} if c["dims"] else c
         extras = {k: block_means(v, n) if v.ndim == 2 else v for k, v in self.extras.items() if v.ndim < 3}
         return replace(self, layout=replace(self.layout, coords=coords), extras=extras, coarsen=n)
 
@@ -548,20 +485,19 @@ class Record:
     def fit_to(self, layout, what, factor=1):
         """This record under the names and in the order of rows and columns of another layout, frame numbers
         as hours of its step. Raises InputError where they differ in more than order (Layout.match)."""
-        order, names = layout.match(self.layout, what, factor), dict(zip(self.layout.names, layout.names))
-        pieces = [p.renamed(names) for p in self.pieces]
+        order = layout.match(self.layout, what, factor)
         extras = {k: v for k, v in self.extras.items() if not isinstance(v, Told)}
-        if order is not None:
+        if order is not None:  # blocks of cells move as a whole
             extras = {k: v[np.ix_(*order)] if v.ndim == 2 else v for k, v in extras.items()}
+            order = tuple((i[:, None] * self.coarsen + np.arange(self.coarsen)).ravel() for i in order)
         hours, own = self.hours, replace(self.layout, names=layout.names, attrs=layout.attrs)
         if factor == 1:
             own = replace(own, dims=layout.dims, coords=layout.coords)
         if own.calendar == "frames" and layout.calendar != "frames":
             hours, own = hours * layout.step_hours, replace(own, calendar="none")
-        if order is not None:  # blocks of cells move as a whole
-            order = tuple((i[:, None] * self.coarsen + np.arange(self.coarsen)).ravel() for i in order)
-        order = self.order if order is None else order
-        return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras, order=order)
+        names = dict(zip(self.layout.names, layout.names))
+        pieces = [p.seen_as(names, order) for p in self.pieces]
+        return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras)
 
 
 @dataclass
@@ -584,6 +520,11 @@ class Told:
 # reading times
 
 CALENDARS = {"": "standard", "gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
+CALENDARS["360"] = "360_day"
+
+
+def texts(values):
+    return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
 
 def decode_times(values, attrs):
@@ -595,15 +536,14 @@ def decode_times(values, attrs):
         ticks = values.astype(f"{kind}8[us]").astype(np.float64) / 3.6e9
         return np.where(np.isnat(values), np.nan, ticks), "standard" if kind == "M" else "none"
     if kind in "SUOT":
-        texts = [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values]
-        dates = all(re.match(r"\s*\d{4}-?\d\d", t) for t in texts)
-        values = np.array([float(re.sub(r"\D", "", t)[:14]) if dates else math.nan for t in texts])
+        dates = all(re.match(r"\s*\d{4}-?\d\d", t) for t in texts(values))
+        values = np.array([float(re.sub(r"\D", "", t)[:14]) if dates else math.nan for t in texts(values)])
         units = "as %" if dates else ""
     v = values.astype(np.float64)
     v = np.where(np.abs(v) < 2.0**63, v, np.nan)  # numpy's "not a time" as an integer
     word, *since = re.split(r"\s+since\s+", units.lower(), maxsplit=1)
     unit, calendar = unit_hours(word), str(attrs.get("calendar", "")).lower()
-    calendar = CALENDARS.get(calendar, "360_day" if calendar == "360" else calendar)
+    calendar = CALENDARS.get(calendar, calendar)
     if unit and not since:
         return v * unit, "none"
     try:
@@ -611,8 +551,7 @@ def decode_times(values, attrs):
     except (ValueError, TypeError, OverflowError):  # no date, or one that nobody knows
         if unit:
             return v * unit, "none"
-        steps = np.abs(np.diff(v))
-        step = np.median(steps[steps > 0]) if (steps > 0).any() else math.nan
+        step = usual_step(np.diff(v))
         return v / step if step == step else np.arange(float(len(v))), "frames"
     late = np.nanmin(hours, initial=0) > -3.39e6  # from 1583 on the two are one
     return hours, "standard" if calendar == "proleptic_gregorian" and late else calendar
@@ -640,14 +579,12 @@ def hours_since(v, word, unit, reference, calendar):
 def date_hours(v, units, calendar):
     """Dates as numbers, 20200131.5 or 2020013112, as hours since EPOCH; ValueError if they are none."""
     known = np.isfinite(v)
-    texts = [str(int(x)) for x in v[known]]
-    lengths = {len(t) for t in texts}
+    digits = [str(int(x)) for x in v[known]]
+    lengths = {len(d) for d in digits}
     if len(lengths) != 1 or not lengths <= ({4, 6, 8, 10, 12, 14} if "as %" in units else {8, 10, 12, 14}):
         raise ValueError(units)
-    hours, dates = np.full(len(v), np.nan), []
-    for t in texts:
-        parts = [int(t[:4]), *(int(t[i : i + 2]) for i in range(4, len(t), 2))]
-        dates.append(cftime.datetime(*parts, *[1, 1][len(parts) - 1 :], calendar=calendar))
+    form, hours = "%Y%m%d%H%M%S"[: min(lengths) - 2], np.full(len(v), np.nan)
+    dates = [cftime.datetime.strptime(d, form, calendar) for d in digits]
     hours[known] = cftime.date2num(dates, EPOCH, calendar)
     return hours + (24 * (v % 1) if lengths == {8} else 0)
 
@@ -658,7 +595,6 @@ def duration(hours):
 
 
 def date_text(hours, layout):
-    """A time of a record in words."""
     if not layout.dated or xr is None:
         return f"{'frame' if layout.calendar == 'frames' else 'hour'} {hours:g}"
     return str(cftime.num2date(round(hours * 60) / 60, EPOCH, layout.calendar))[:16]
@@ -670,7 +606,10 @@ def date_text(hours, layout):
 MEMORY = 2**30  # bytes of fields held in memory; larger ones are read window by window
 KINDS = ("numpy", "netcdf", "zarr")
 SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5", ".he5")
-FOREIGN = {  # how files begin that are not read
+BEGINNINGS = {  # of files, and their kind or why they are not read
+    b"\x93NUMPY": "numpy",
+    b"CDF": "netcdf",
+    b"\x89HDF": "netcdf",
     b"GRIB": "is GRIB: convert it, grib_to_netcdf -o OUT.nc or cdo -f nc copy",
     b"PK": "is a zip archive: unpack it",
     b"\x1f\x8b": "is compressed: gunzip it",
@@ -699,7 +638,6 @@ def plain(attrs):
 
 
 def reason(e):
-    """An error in one line."""
     if "pickle" in str(e):
         return "it holds Python objects, which could run code: save numbers, texts or dates"
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
@@ -710,7 +648,7 @@ def numpy_dataset(path, wanted, notes):
     dimensions that an array `dims` names; 1-D arrays named like time, y and x are their coordinates."""
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        name = "field" if path.stem in ("time", "y", "x") else path.stem  # those are names of dimensions
+        name = "field" if path.stem in RESERVED else path.stem
         arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {name: loaded}
     except Exception as e:
         raise InputError(f"cannot read {path}: {reason(e)}")
@@ -724,22 +662,23 @@ def numpy_dataset(path, wanted, notes):
     if not dims:
         for axis, name, size in ("T", "time", n), ("Y", "y", H), ("X", "x", W):
             fits = [k for k, a in arrays.items() if a.shape == (size,)]
-            dims.append(next((k for k in fits if re.fullmatch(AXES[axis][1], k.lower())), name))
+            fits = [k for k in fits if re.fullmatch(AXES[axis][1], k.lower())]
+            dims.append([*fits, axis if name in fields else name][0])  # a field may be named x
         if channels and (channels[0] > 4 or W <= 4 < H):
             taken = f"{path} is taken for frames of {channels[0]} channels of {H} x {W}"
             notes.append(f"{taken}; if channels come last, np.moveaxis(a, -1, 1); clips: one file each")
     variables, sizes = {}, {}
-    for k, a in {**fields, **arrays}.items():
-        if k in fields:
-            variables[k] = [dims[0], f"dim_{a.shape[1]}", *dims[1:]] if a.ndim > len(dims) else dims, a
-            sizes |= dict(zip(variables[k][0], a.shape))
-        elif a.shape == (H, W):
+    for k, a in fields.items():
+        along = dims if a.ndim == len(dims) else [dims[0], f"dim_{a.shape[1]}", *dims[1:]]
+        variables[k] = along, a
+        sizes |= dict(zip(along, a.shape))
+    for k, a in arrays.items():
+        along = [d for d in (k, f"dim_{a.size}", "channel", dims[0]) if a.shape == (sizes.get(d),)]
+        if along:
+            hours = {"units": "hours"} if a.dtype.kind in "fiu" and along[0] in (dims[0], "time") else {}
+            variables[along[0] if UNNAMED.match(along[0]) and k != "units" else k] = along[:1], a, hours
+        elif a.shape == (H, W) and k not in fields:
             variables[k] = dims[-2:], a
-        for d in (k, f"dim_{len(a)}", "channel", dims[0]) if a.ndim == 1 else ():
-            if sizes.get(d) == len(a):
-                hours = {"units": "hours"} if a.dtype.kind in "fiu" and d in dims[:1] + ["time"] else {}
-                variables[d if UNNAMED.match(d) else k] = [d], a, hours
-                break
     try:
         return xr.Dataset(variables)
     except ValueError:
@@ -808,12 +747,11 @@ def members_of(ds):
     return [d for d in ds.dims if d in marked or re.fullmatch(MEMBERS, d.lower())]
 
 
-def fields_of(ds, ranged):
+def fields_of(ds):
     """{name: DataArray (*members, [time,] y, x)} of what can be used, {name: why not} of other variables."""
     usable, refused, likely, members = {}, {}, likely_axes(ds), members_of(ds)
-    texts = [d for d in ds.dims if ds[d].dtype.kind in "SUOT"]
-    further = [d for d in (*texts, *ranged) if not any(d in dims for dims in likely.values())]
-    extra = {"expver", *members, *further}
+    named = [d for d in ds.dims if ds[d].dtype.kind in "SUOT"]
+    extra = {"expver", *members, *(d for d in named if not any(d in dims for dims in likely.values()))}
     axes = {k: axes_of(ds[k], likely, extra) for k in ds.data_vars}
     timed = any(axes[k][0] and ds[k].ndim > 2 for k in axes)
     for name, (t, y, x) in axes.items():
@@ -822,11 +760,9 @@ def fields_of(ds, ranged):
         front = [d for d in (*members, t) if d in da.dims]
         rest = [d for d in da.dims if d not in (*front, y, x)]
         channels = []
-        if len(rest) == 1:  # texts, numbers where nobody named the dimension, or a range that was selected
-            channels = [v.decode() if isinstance(v, bytes) else str(v) for v in ds[rest[0]].values]
-            if rest[0] not in texts:
-                named = rest[0] in ranged or UNNAMED.match(rest[0])
-                channels = [f"{name}_{v.removesuffix('.0')}" for v in channels] if named else []
+        if len(rest) == 1 and (rest[0] in named or UNNAMED.match(rest[0])):
+            channels = texts(ds[rest[0]].values)
+            channels = channels if rest[0] in named else [f"{name}_{v}" for v in channels]
         sizes = f"{name} ({', '.join(f'{d} {n}' for d, n in da.sizes.items())})"
         if da.dtype.kind not in "fiub":
             refused[name] = f"{name} holds {da.dtype}, not numbers"
@@ -838,15 +774,14 @@ def fields_of(ds, ranged):
             merged = "ds.sel(expver=1).combine_first(ds.sel(expver=5))"
             refused[name] = f"{sizes} has ERA5 and ERA5T apart: merge them, {merged}"
         elif rest and not channels:
-            low, high = (f"{rest[0]}={da[rest[0]].values[i]:g}" for i in (0, -1))
-            mend = f"choose with --select={low}, or channels with --select={low}:{high.split('=')[1]}"
+            mend = f"choose with --select={rest[0]}={texts(da[rest[0]].values)[0]}"
             mend += "" if t else f"; if it is time, ds.rename({rest[0]}='time')"
             refused[name] = f"{sizes} has more dimensions than time, y and x: {mend}"
         else:
             found = {c: da.isel({rest[0]: i}, drop=True) for i, c in enumerate(channels)} or {name: da}
             for i, v in enumerate(found.values()):
                 if "units" in ds and ds["units"].dims == tuple(rest):
-                    v.attrs["units"] = str(ds["units"].values[i])
+                    v.attrs["units"] = texts(ds["units"].values)[i]
             usable |= {k: v.transpose(*front, y, x) for k, v in found.items()}
     return usable, refused
 
@@ -868,9 +803,8 @@ def times_of(ds, tdim, n):
 
 def selected(ds, select, notes):
     """What `name=value` (the nearest) and `name=low:high`, comma-separated, choose of a Dataset, still
-    unread, and the names of which a range was asked for. Times are chosen by dates, longitudes from west to
-    east."""
-    ranged, likely = [], likely_axes(ds)
+    unread. Times are chosen by dates, longitudes from west to east."""
+    likely = likely_axes(ds)
     for text in (t.strip() for t in select.split(",") if t.strip()):
         name, equals, chosen = (part.strip() for part in text.partition("="))
         ends = [end.strip() for end in re.split(r"(?<!T\d\d):|:(?=\d{4}-)", chosen)]  # T12:00 is one time
@@ -884,7 +818,7 @@ def selected(ds, select, notes):
                 series = xr.DataArray(order, {name: xr.CFTimeIndex(values[order])}, [name])
                 at = np.sort(series.sel({name: slice(*ends) if len(ends) == 2 else ends[0]}), axis=None)
             elif values.dtype.kind in "SUOT":
-                at = np.flatnonzero(values.astype(str) == ends[0])
+                at = np.flatnonzero(np.array(texts(values)) == ends[0])
             else:
                 circle = name in likely["X"] and is_degrees(ds[name].attrs)
                 at = near(values.astype(np.float64), [float(e) for e in ends], circle)
@@ -892,10 +826,9 @@ def selected(ds, select, notes):
             at = []
         if not len(at):
             raise InputError(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
-        ranged += [name] * (len(ends) == 2)
         notes.append(f"selected: {name} {values[at[0]]} to {values[at[-1]]}, {len(at)} of {n}")
         ds = ds.isel({name: slice(at[0], at[-1] + 1) if (np.diff(at) == 1).all() else at})
-    return ds, ranged
+    return ds
 
 
 def near(values, ends, circle):
@@ -919,13 +852,11 @@ def kind_of(path):
         return "zarr" if store else "is a folder: give its path"
     with open(path, "rb") as f:
         start = f.read(8)
-    if path.suffix.lower() in (".npy", ".npz") or start.startswith(b"\x93NUMPY"):
+    if path.suffix.lower() in (".npy", ".npz"):
         return "numpy"
-    for magic, text in FOREIGN.items():
-        if start.startswith(magic):
-            return text
-    netcdf = start.startswith((b"CDF", b"\x89HDF")) or path.suffix.lower() in SUFFIXES
-    return "netcdf" if netcdf else "is none of NetCDF, HDF5, Zarr, .npy and .npz"
+    kinds = [kind for magic, kind in BEGINNINGS.items() if start.startswith(magic)]
+    kinds += ["netcdf"] * (path.suffix.lower() in SUFFIXES)
+    return [*kinds, "is none of NetCDF, HDF5, Zarr, .npy and .npz"][0]
 
 
 def coordinates(ds, da, dims, notes):
@@ -938,16 +869,16 @@ def coordinates(ds, da, dims, notes):
         if name in RESERVED and {*c.dims} & {*dims}:
             notes.append(f"coordinate '{name}' is left out: written samples have that name themselves")
         elif c.dtype.kind in "fiu" and c.ndim and {*c.dims} <= {*dims}:
-            c = c.transpose(*[d for d in dims if d in c.dims])
+            c = c.transpose(*dims, missing_dims="ignore")
             coords[name] = {"dims": list(c.dims), "values": c.values, "attrs": plain(c.attrs)}
         elif name == mapping and c.ndim == 0:
             coords[name] = {"dims": [], "values": np.zeros((), np.int32), "attrs": plain(c.attrs)}
     return coords
 
 
-def choose(path, ds, wanted, ranged, bare):
+def choose(path, ds, wanted, bare):
     """The names of the fields that are read, and by name all fields on their grid."""
-    usable, refused = fields_of(ds, ranged)
+    usable, refused = fields_of(ds)
     if bare and len(wanted) == len(usable) and not {*wanted} <= usable.keys():
         usable = dict(zip(wanted, usable.values()))  # a bare array takes the names that are given
     names = wanted or list(usable)
@@ -965,30 +896,29 @@ def choose(path, ds, wanted, ranged, bare):
     return names, {k: f for k, f in usable.items() if f.sizes == grid}
 
 
-def read_file(path, wanted, group, select, memory):
+def read_file(path, wanted, group, select, memory, notes):
     """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk."""
-    kind, notes = kind_of(path), []
+    kind = kind_of(path)
     if kind not in KINDS:
         raise InputError(f"{path} {kind}")
     if xr is None:
         raise InputError(f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
     ds = numpy_dataset(path, wanted, notes) if kind == "numpy" else open_dataset(path, group)
-    ds, ranged = selected(ds, select, notes)
+    ds = selected(ds, select, notes)
     bare = kind == "numpy" and len(ds.variables) == 1
-    names, fields = choose(path, ds, wanted, ranged, bare)
+    names, fields = choose(path, ds, wanted, bare)
     first = fields[names[0]]
     *front, ydim, xdim = first.dims
     members = [d for d in members_of(ds) if d in front]
     tdim = next((d for d in front if d not in members), None)
     hours, calendar = times_of(ds, tdim, first.sizes.get(tdim, 1))
-    if calendar == "frames" and not bare:
+    if calendar == "frames" and not bare and len(hours):
         notes.append("no times are found that can be read: frames are numbered, and their step is unknown")
     starts = np.zeros([first.sizes[d] for d in members])
     if REFERENCE in members and calendar == "none":  # hours from it
         since, dated = times_of(ds, REFERENCE, first.sizes[REFERENCE])
         if dated not in UNDATED:
-            calendar, at = dated, members.index(REFERENCE)
-            starts += np.expand_dims(since, [i for i in range(len(members)) if i != at])
+            calendar, starts = dated, starts + since.reshape([-1 if d == REFERENCE else 1 for d in members])
     coords = coordinates(ds, first, (ydim, xdim), notes)
     mapping = {"grid_mapping": k for k, c in coords.items() if not c["dims"]}
     attrs = [plain(fields[n].attrs) | mapping for n in names]
@@ -996,7 +926,7 @@ def read_file(path, wanted, group, select, memory):
     extras = {}
     for k, v in ds.variables.items():
         if k not in (*names, tdim) and v.dtype.kind in "fiub" and {*v.dims} in ({tdim}, {ydim, xdim}):
-            extras[k] = v.transpose(*[d for d in (tdim, ydim, xdim) if d in v.dims]).values
+            extras[k] = v.transpose(tdim, ydim, xdim, missing_dims="ignore").values
     held = fields if kind == "numpy" else names if first.size * len(names) * 4 < memory else []
     try:
         fields |= {k: fields[k].values for k in held}
@@ -1005,7 +935,7 @@ def read_file(path, wanted, group, select, memory):
     records = []
     for m, start in np.ndenumerate(starts):
         piece = Piece({k: f[m] for k, f in fields.items()}, str(path))
-        records.append(Record(layout, [piece], hours + start, extras, notes=notes))
+        records.append(Record(layout, [piece], hours + start, extras))
     if members:
         notes.append(f"the {len(records)} members along {', '.join(members)} are records of their own")
     return records
@@ -1020,7 +950,7 @@ def read_folder(path, wanted, select, notes):
         raise InputError(f"folder {path} holds nothing to read: {[*others, 'it is empty'][0]}")
     if others:
         notes.append(f"{len(others)} entries of the folder are not read: {others[0]}")
-    records = [read_file(p, wanted, "", select, MEMORY / len(files)) for p in files]
+    records = [read_file(p, wanted, "", select, MEMORY / len(files), notes) for p in files]
     empty = [p.name for p, r in zip(files, records) if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
@@ -1032,31 +962,27 @@ def numbered(files, notes):
     times of another is a further member; so are files without dates that begin alike."""
     first, parts, seen = files[0][0], [], {}
     alone = not first.layout.dated and len({records[0].hours[0] for records in files}) == 1
-    if alone and first.layout.calendar == "frames" and len(files) > 1 and all(len(f[0]) == 1 for f in files):
-        notes.append("files of one frame without a time are taken in order of their names")
-        for i, records in enumerate(files):
-            records[0].hours = records[0].hours + i
-        alone = False
-    for k, records in enumerate(files):
-        twin = next((f[0] for f in files[:k] if same_frames(f[0], records[0])), None)
-        if twin is not None and not alone:
-            notes.append(f"{records[0].pieces[0].source} repeats {twin.pieces[0].source} and is left out")
+    if alone and len(files) > 1 and all(len(records[0]) == 1 for records in files):
+        raise InputError("files of one frame and no time have no order: np.concatenate them into one")
+    for records in files:
+        record = records[0]
+        twins = seen.setdefault("alone" if alone else record.hours.round(6).tobytes(), [])
+        copied = [t.pieces[0].source for t in twins if not alone and same_frames(t, record)]
+        if copied:
+            notes.append(f"{record.pieces[0].source} repeats {copied[0]} and is left out")
             continue
-        key = "alone" if alone else records[0].hours.round(6).tobytes()
-        number = seen.get(key, -1) + 1 if alone or len(records[0]) > 1 else 0
-        seen[key] = number
+        number = len(twins) if alone or len(record) > 1 else 0
+        twins.append(record)
         parts += [((number, m), r) for m, r in enumerate(records)]
-    if any(number > 0 for number in seen.values()):
+    if any(number > 0 for (number, _), _ in parts):
         notes.append("files of the same times are members of an ensemble, records of their own")
     return parts
 
 
 def same_frames(a, b):
-    """Whether two records have the same times and, as far as ten of them tell, the same values."""
-    if len(a) < 2 or not np.array_equal(a.hours, b.hours):
-        return False
-    some = thin(np.arange(len(a)), 10)
-    return all(np.array_equal(a.frames(i, i + 1), b.frames(i, i + 1), equal_nan=True) for i in some)
+    """Whether records of the same times have the same values, as far as ten frames tell."""
+    pairs = ((r.frames(i, i + 1) for r in (a, b)) for i in thin(np.arange(len(a)), 10))
+    return all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
 
 
 def join(parts, notes):
@@ -1072,11 +998,9 @@ def join(parts, notes):
             raise InputError(f"{which} has no dates, and other files of the folder have")
         if order is not None:
             notes.append(f"{source} has its rows or columns in another order than {reference}: reordered")
-            for p in r.pieces:
-                p.arrays = {k: Reordered(a, *order) for k, a in p.arrays.items()}
-        r.pieces = [p.renamed(dict(zip(r.layout.names, first.layout.names))) for p in r.pieces]
-    series = {number: i for i, number in enumerate(sorted(set(numbers)))}
-    member = np.concatenate([np.full(len(r), series[number]) for number, r in parts])
+        r.pieces = [p.seen_as(dict(zip(r.layout.names, first.layout.names)), order) for p in r.pieces]
+    series = np.unique(numbers, axis=0, return_inverse=True)[1].ravel()
+    member = np.repeat(series, [len(r) for r in records])
     hours, pieces = np.concatenate([r.hours for r in records]), [p for r in records for p in r.pieces]
     whole, order = Record(first.layout, pieces, hours), np.lexsort((hours, member))
     order = order[np.isfinite(hours[order])]
@@ -1099,7 +1023,7 @@ def join(parts, notes):
     for k, a in first.extras.items():
         if a.ndim == 1 and all(k in r.extras for r in records):
             extras[k] = np.concatenate([r.extras[k] for r in records])[index]
-    return Record(first.layout, pieces, hours[index], extras, None, index, member[index], None, notes)
+    return Record(first.layout, pieces, hours[index], extras, None, index, member[index], notes)
 
 
 def open_record(dataset, variables="", size=32, seed=0, select=""):
@@ -1122,10 +1046,10 @@ def open_record(dataset, variables="", size=32, seed=0, select=""):
     if path.is_dir() and kind_of(path) not in KINDS:
         files = read_folder(path, wanted, select, notes)
     else:
-        files = [read_file(path, wanted, group, select, MEMORY)]
+        files = [read_file(path, wanted, group, select, MEMORY, notes)]
     if not files or not np.isfinite(np.concatenate([records[0].hours for records in files])).any():
         raise InputError(f"{path} holds no frames")
-    notes += dict.fromkeys(note for records in files for note in records[0].notes)
+    notes = [*dict.fromkeys(notes)]  # the same of many files once
     record = join(numbered(files, notes), notes)
     for name in record.layout.names:
         if "/" in name or name in RESERVED or name in record.layout.coords:
@@ -1153,11 +1077,8 @@ def runs(record, frames):
 
 def split_windows(record, frames, length=None):
     """Starts of all clips of consecutive frames, (train, test): every fifth block is test data, no clip is in
-    both.
-
-    frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if another.
-    Raises InputError where either part has none.
-    """
+    both. frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if
+    another. Raises InputError where either part has none."""
     N, length = len(record), length or frames
     if N < 2 * frames:
         raise InputError(f"the dataset has {N} frames; clips of --frames={frames} need at least {2 * frames}")
@@ -1238,14 +1159,10 @@ DAYS = {"360_day": 360, "noleap": 365, "all_leap": 366}  # others 365.2425
 @dataclass
 class Conditions:
     """What a model is told of its clips: `hour`, `day` (of the year), and static fields (H, W), series (N,)
-    and fields in time (N, H, W) of a record's extras.
+    and fields in time (N, H, W) of a record's extras. Numbers are standardised; a series of at most 16 whole
+    numbers is taken for classes, one channel each."""
 
-    fitted: a dict of plain values each, name and channels, with either period (hours), classes, or mean and
-    std. Numbers are standardised; a series of at most 16 whole numbers is taken for classes, one channel
-    each.
-    """
-
-    fitted: list
+    fitted: list  # of dicts: name and channels, with either period (hours), classes, or mean and std
 
     @classmethod
     def fit(cls, record, names, index):
@@ -1269,10 +1186,6 @@ class Conditions:
                 mean, std = float(np.nanmean(v)), float(np.nanstd(v)) or 1.0
                 fitted.append({"name": name, "channels": 1, "mean": mean, "std": std})
         return cls(fitted)
-
-    @classmethod
-    def load(cls, state):
-        return cls(state)
 
     def state(self):
         return self.fitted
@@ -1318,7 +1231,7 @@ class Conditions:
 # ------------------------------------------------------------------------------------------------------------
 # transforms: per variable, y = (g(x) - mean) / std, all exactly invertible
 
-GAP = 0.25  # of `censored`: the dry value lies this far below the lightest rain, in Gaussian scores
+GAP = 0.25  # of `censored`, else 0: its dry value lies so far below the lightest rain, in Gaussian scores
 TANH_UNITS, LEAST_SLOPE, LEARNT_STEPS = 32, 0.1, 300  # of `learnt`: tanh units, least gradient, steps of Adam
 
 
@@ -1334,10 +1247,7 @@ FORMULAS = {  # odd functions of x and a typical |x|, and their inverses
     "none": (lambda x, s: x, lambda y, s: y),
     "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
     "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3),
-    "log": (
-        lambda x, s: np.sign(x) * np.log1p(np.abs(x) / s),
-        lambda y, s: np.sign(y) * np.expm1(np.abs(y)) * s,
-    ),
+    "log": (lambda x, s: np.sign(x) * np.log1p(abs(x) / s), lambda y, s: np.sign(y) * np.expm1(abs(y)) * s),
 }
 
 
@@ -1349,6 +1259,8 @@ def fit_quantile(x, floor, gap=0.0):
     line with the slope of the last unit of y. An atom at the floor is one value, `gap` below the score at
     which the rest begins. Returns knots (2, K) and the score of the floor, None without one.
     """
+    if gap and floor is None:
+        raise InputError("transform 'censored' needs an atom at the minimum (dry cells): use quantile")
     n, rest = len(x), x if floor is None else x[x > floor]
     share = len(rest) / n
     tail = max(min(20 / n, 0.05 * share), 0.7 / n)
@@ -1363,13 +1275,6 @@ def fit_quantile(x, floor, gap=0.0):
     if floor is None:
         X, Y = np.append(X[0] - 1e3 * slope[1], X), np.append(Y[0] - 1e3, Y)
     return np.stack([X, Y]), None if floor is None else float(edge - gap)
-
-
-def fit_censored(x, floor):
-    """`quantile` with the dry atom apart: an estimate may err by the gap and is exactly dry."""
-    if floor is None:
-        raise InputError("transform 'censored' needs an atom at the minimum (dry cells): use quantile")
-    return fit_quantile(x, floor, GAP)
 
 
 def fit_learnt(x, floor):
@@ -1404,7 +1309,7 @@ def fit_learnt(x, floor):
     return np.stack([X, increasing(X)[0].detach().numpy()]), None
 
 
-TABLES = {"quantile": fit_quantile, "censored": fit_censored, "learnt": fit_learnt}
+TABLES = {"quantile": fit_quantile, "censored": partial(fit_quantile, gap=GAP), "learnt": fit_learnt}
 TRANSFORMS = (*FORMULAS, *TABLES)
 
 
@@ -1418,44 +1323,26 @@ def find_floor(x):
     return (low, rounding) if np.mean(x <= low + rounding) > 0.05 else (None, rounding)
 
 
-def suspects(x):
-    """[(value, count)] of extremes that are no weather: ten standard deviations away from the rest, and
-    repeated or a customary mark of no data, all nines."""
-    found, ends = [], (x.min(), x.max())
-    rest = x[(x > ends[0]) & (x < ends[1])]
-    for v in ends if len(rest) else ():
-        count = int((x == v).sum())
-        if abs(v - rest.mean()) > 10 * rest.std() and (count > 1 or set(f"{abs(v):g}") == {"9"}):
-            found.append((float(v), count))
-    return found
-
-
 @dataclass
 class Variable:
     """One variable and its transform: physical arrays of any shape <-> float64 of mean 0 and variance 1 in
-    training.
-
-    floor: what no value lies below and many have, or None; rounding: up to this above it a value is the
-    floor; dry: up to this above it counts as dry, 0 without one; scale: of FORMULAS; knots (2, K): of TABLES;
-    dry_score: y of the floor in them; low, high: range of the standardised training values; summary: what was
-    found, one line.
-    """
+    training."""
 
     name: str
     units: str
     long_name: str
     transform: str
-    floor: float = None
-    rounding: float = 0.0
-    dry: float = 0.0
-    scale: float = 1.0
-    knots: torch.Tensor = None
-    dry_score: float = None
+    floor: float = None  # what no value lies below and many have
+    rounding: float = 0.0  # up to this above it a value is the floor
+    dry: float = 0.0  # up to this above it a value counts as dry; 0 without a floor
+    scale: float = 1.0  # of FORMULAS
+    knots: torch.Tensor = None  # (2, K), of TABLES
+    dry_score: float = None  # y of the floor in them
     mean: float = 0.0
     std: float = 1.0
-    low: float = 0.0
+    low: float = 0.0  # lowest and highest standardised training value
     high: float = 0.0
-    summary: str = ""
+    summary: str = ""  # what was found, one line
 
     @classmethod
     def fit(cls, name, attrs, transform, x):
@@ -1470,14 +1357,19 @@ class Variable:
             transform = "cbrt" if floor == 0 else "none"
         v = cls(name, attrs.get("units", ""), attrs.get("long_name", name), transform, floor, rounding)
         span, bottom = f"{x.min():.4g} to {x.max():.4g} {v.units}".strip(), "no floor"
-        doubtful, x = suspects(x), v.snapped(x)
+        doubts, ends = "", (x.min(), x.max())
+        rest = x[(x > ends[0]) & (x < ends[1])]
+        for end in ends if len(rest) else ():  # weather does not repeat a value so far from all others
+            count = int((x == end).sum())
+            if count > 1 and abs(end - rest.mean()) > 10 * rest.std() > 0:
+                doubts += f"; WARNING: {end:g}, {count} times, far from others: set _FillValue if no data"
+        x = v.snapped(x)
         if floor is not None:
             v.dry = 10.0 ** round(math.log10((x.mean() - floor) / 10))
             bottom = f"floor {floor:g} ({100 * np.mean(x == floor):.3g} % of values)"
         v.scale = float(np.median(np.abs(x[x != 0])))
         v.summary = f"{name}: {span}, transform {transform}, {bottom}, {100 * missing:.3g} % missing"
-        for value, count in doubtful:
-            v.summary += f"; WARNING: {value:g}, {count} times, far from others: set _FillValue if no data"
+        v.summary += doubts
         if transform in TABLES:
             knots, v.dry_score = TABLES[transform](x, floor)
             v.knots = torch.from_numpy(knots)
@@ -1543,12 +1435,11 @@ def valid_cells(record, starts, frames):
 
 @dataclass
 class Codec:
-    """Physical clips <-> standardised ones: a list of Variable; valid (C, 1, H, W), 1 where a cell ever has
-    data; complete: whether no value is missing in training."""
+    """Physical clips <-> standardised ones."""
 
     variables: list
-    valid: torch.Tensor
-    complete: bool
+    valid: torch.Tensor  # (C, 1, H, W), 1 where a cell ever has data
+    complete: bool  # whether no value is missing in training
 
     @classmethod
     def fit(cls, record, starts, frames, names):
@@ -1609,10 +1500,11 @@ class Codec:
 def describe(record, codec, train_starts, test_starts, frames):
     """What was understood of the data, a few lines; record.notes says what reading did to it."""
     layout, axes = record.layout, []
-    for d, c in zip(layout.dims, (layout.axis(0), layout.axis(1))):
-        v = None if c is None else places(c)
-        units = "" if c is None else f" {c['attrs'].get('units', '')}".rstrip()
-        axes.append(d if v is None else f"{d} {v[0]:g} to {v[-1]:g}{units}")
+    for i, d in enumerate(layout.dims):
+        c, ends = layout.axis(i), ""
+        if c is not None:
+            ends = " {:g} to {:g} ".format(*places(c)[[0, -1]]) + c["attrs"].get("units", "")
+        axes.append((d + ends).rstrip())
     axes += [k for k, c in layout.coords.items() if len(c["dims"]) == 2]
     dates = " to ".join(date_text(h, layout) for h in (record.hours.min(), record.hours.max()))
     dated = layout.calendar != "frames"
@@ -1643,7 +1535,7 @@ def write_samples(folder, x, layout, history, lead, reference=None):
     """
     folder.mkdir(parents=True, exist_ok=True)
     coords = {k: c for k, c in layout.coords.items() if len(c["dims"])}
-    origin = [] if reference is None else ["forecast_reference_time"]
+    origin = [] if reference is None else [REFERENCE]
     units = np.array([a.get("units", "1") for a in layout.attrs])
     arrays = {"samples": x, "channel": np.array(layout.names), "units": units, "time": lead}
     arrays |= {k: np.asarray(c["values"]) for k, c in coords.items()} | dict.fromkeys(origin, reference)

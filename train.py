@@ -397,7 +397,7 @@ class Model:
         gaussian = diffusion.Gaussian(**checkpoint["gaussian"])
         network.load_state_dict(checkpoint[weights])
         denoiser = make_denoiser(network, gaussian, codec, settings, dtype)
-        parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions.load(checkpoint["conditions"])
+        parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions(checkpoint["conditions"])
         return cls(denoiser, *parts, checkpoint["extent"], settings)
 
     def open_record(self):
@@ -834,9 +834,9 @@ def train_until_done(run, received):
                 line |= {"skipped": int(skipped), "bins": bins}
                 if due and not stop:
                     line["val_loss"], line["val_bins"], line["gaussian_bins"] = evaluate(run)
-                    what = f"held-out loss not finite at step {run.step}, nothing is saved: lower --learning_rate"
                     if not math.isfinite(line["val_loss"]):
-                        raise RuntimeError(what)
+                        what = f"held-out loss not finite at step {run.step}, nothing is saved"
+                        raise RuntimeError(f"{what}: lower --learning_rate")
                     text = f"step {run.step}: loss {loss:.4f}, held-out loss {line['val_loss']:.4f}"
                     against = (line["val_bins"], line["gaussian_bins"])
                     bar.write(text + (f", {verdict(*against)}" if against[1] else ""))
