@@ -473,7 +473,8 @@ class Record:
         if H % n or W % n:
             raise InputError(f"--coarsen={n} does not divide the grid of {H} x {W}")
         for k, c in self.layout.coords.items():
-            period = 360 if is_degrees(c["attrs"]) else None
+            longitude = c is self.layout.axis(1) and self.layout.is_angle(1)
+            period = 360 if longitude or is_degrees(c["attrs"]) else None
             coords[k] = c | {"values": places(c, period, n)} if c["dims"] else c
         extras = {k: block_means(v, n) if v.ndim == 2 else v for k, v in self.extras.items() if v.ndim < 3}
         return replace(self, layout=replace(self.layout, coords=coords), extras=extras, coarsen=n)
@@ -482,21 +483,27 @@ class Record:
         """Number of frames, first and last hour: what the held-out part depends on."""
         return [len(self), *self.hours[[0, -1]].tolist()]
 
-    def fit_to(self, layout, what, factor=1):
+    def fit_to(self, layout, what, factor=1, told=False):
         """This record under the names and in the order of rows and columns of another layout, frame numbers
-        as hours of its step. Raises InputError where they differ in more than order (Layout.match)."""
-        order = layout.match(self.layout, what, factor)
+        as hours of its step. told: its variables are not those of the layout, but what a model is told.
+        Raises InputError where they differ in more than order (Layout.match)."""
+        own = replace(self.layout, names=layout.names, attrs=layout.attrs)
+        order = layout.match(own if told else self.layout, what, factor)
         extras = {k: v for k, v in self.extras.items() if not isinstance(v, Told)}
         if order is not None:  # blocks of cells move as a whole
             extras = {k: v[np.ix_(*order)] if v.ndim == 2 else v for k, v in extras.items()}
             order = tuple((i[:, None] * self.coarsen + np.arange(self.coarsen)).ravel() for i in order)
-        hours, own = self.hours, replace(self.layout, names=layout.names, attrs=layout.attrs)
+        hours = self.hours
         if factor == 1:
             own = replace(own, dims=layout.dims, coords=layout.coords)
         if own.calendar == "frames" and layout.calendar != "frames":
             hours, own = hours * layout.step_hours, replace(own, calendar="none")
-        names = dict(zip(self.layout.names, layout.names))
+        names = {} if told else dict(zip(self.layout.names, layout.names))
         pieces = [p.seen_as(names, order) for p in self.pieces]
+        if told:
+            record = replace(self, pieces=pieces, hours=hours, extras={})
+            extras |= {k: Told(record, k) for k in self.layout.names}
+            own, pieces = replace(own, names=self.layout.names), record.pieces
         return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras)
 
 
@@ -655,7 +662,8 @@ def numpy_dataset(path, wanted, notes):
     has = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())
     dims = arrays.pop("dims", np.array(())).tolist()
     fields = {k: a for k, a in arrays.items() if a.ndim in ((len(dims),) if dims else (3, 4))}
-    fields = {k: a for k, a in fields.items() if k in wanted} or fields
+    shapes = {a.shape for k, a in fields.items() if k in wanted}
+    fields = {k: a for k, a in fields.items() if a.shape in shapes} or fields
     if not fields:
         raise InputError(f"{path} has no numbers (time, y, x) or (time, channel, y, x); it has {has}")
     n, *channels, H, W = next(iter(fields.values())).shape
@@ -950,6 +958,10 @@ def read_folder(path, wanted, select, notes):
         raise InputError(f"folder {path} holds nothing to read: {[*others, 'it is empty'][0]}")
     if others:
         notes.append(f"{len(others)} entries of the folder are not read: {others[0]}")
+    twice = [p for p in files if p.suffix == ".npz" and p.with_suffix(".nc") in files]
+    if twice:  # as sample.py writes them
+        notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
+        files = [p for p in files if p not in twice]
     records = [read_file(p, wanted, "", select, MEMORY / len(files), notes) for p in files]
     empty = [p.name for p, r in zip(files, records) if not len(r[0])]
     if empty:
@@ -1051,10 +1063,14 @@ def open_record(dataset, variables="", size=32, seed=0, select=""):
         raise InputError(f"{path} holds no frames")
     notes = [*dict.fromkeys(notes)]  # the same of many files once
     record = join(numbered(files, notes), notes)
-    for name in record.layout.names:
-        if "/" in name or name in RESERVED or name in record.layout.coords:
-            why = "'/' cannot be written" if "/" in name else "written samples have that name themselves"
-            raise InputError(f"{path} has a variable '{name}', and {why}: rename it in the file")
+    for name in (*record.layout.names, *record.layout.dims):
+        legal = re.fullmatch(r"\w([^/\x00-\x1f\x7f]{0,98}[^/\s])?", name)
+        taken = name in RESERVED or (name in record.layout.coords and name not in record.layout.dims)
+        if not legal or taken:
+            why = "NetCDF has no such names" if not legal else "written samples have that name themselves"
+            raise InputError(f"{path} has a variable or dimension '{name[:99]}', and {why}: rename it")
+    if len({*record.layout.names}) < len(record.layout.names):
+        raise InputError(f"--variables={variables} names one twice")
     gaps = record.gaps()
     within = gaps & (np.diff(record.member) == 0)
     if within.any():

@@ -46,14 +46,14 @@ from train import require
 out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one [>= 1]
 batch_size = 32  # clips at a time; does not change the result [>= 1]
-steps = 64  # sampler steps [>= 1]
+steps = 64  # sampler steps [>= 1, <= 1000000]
 sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given
 spacing = "auto"  # steps even in log-SNR where modes emerge, in training time, EDM's [auto | time | rho]
 eta = 0.0  # 0 deterministic, 1 ancestral [>= 0, <= 1, sampler=ddim]
 noise_until = -1.0  # log-SNR from which steps add no noise: those of dpmpp [sampler=auto dpmpp_sde]
 variance = 0.0  # 0 lower, 1 upper bound, between them interpolated [>= 0, <= 1, sampler=ancestral]
 churn = 0.0  # relative noise added before a step [>= 0, sampler=heun]
-corrections = 0  # Langevin steps per level; 0 is 1 for pc, 10 for langevin [>= 0, sampler=pc langevin]
+corrections = 0  # Langevin steps per level; 0: 1 of pc, 10 of langevin [>= 0, <= 1000, sampler=pc langevin]
 snr = 0.16  # signal-to-noise ratio of a Langevin step [> 0, sampler=pc langevin]
 clip = "auto"  # clamp x_hat to the range of the training data; auto: for eps and score [auto | true | false]
 # what is asked: the task says which part y = A x of the field is known
@@ -122,7 +122,6 @@ def check(c):
     require(ordered, f"--task={c.task} needs a deterministic sampler: --sampler=ode")
     require(not latent or c.steps != 1, f"--task={c.task} needs at least 2 --steps")
     require(c.task != "morph" or c.num_samples >= 2, "--task=morph needs --num_samples of at least 2")
-    require(not c.input or c.task != "generate", "--input belongs to another --task than generate")
     require(c.num_samples % c.members == 0, f"{count} must be a multiple of --members={c.members}")
     whole = c.task == "generate" and not c.length and not c.frames
     require(not c.exact or whole, "--exact belongs to --task=generate, with clips as long as trained on")
@@ -182,17 +181,47 @@ def lengths(c, trained):
     return length, window
 
 
+def check_room(c, model, length):
+    """Refuse what is far too large for the disk or the memory here, roughly."""
+    size = len(model.layout.names) * length * math.prod(model.layout.size) * 4  # bytes of a clip
+    free, memory = shutil.disk_usage(c.out_dir).free, train.memory_size()
+    text = f"{c.num_samples} samples of {length} frames need about"
+    needed = 4 * c.num_samples * size  # parts, samples.npy, .npz and .nc
+    require(needed < free, f"{text} {needed / 1e9:.0f} GB of disk, and {free / 1e9:.0f} are free")
+    needed = (
+        8 * size * (c.num_samples // c.members * (c.task != "generate") + min(c.batch_size, c.num_samples))
+    )
+    require(needed < memory, f"{text} {needed / 1e9:.0f} GB of memory, and there are {memory / 1e9:.0f}")
+
+
 def open_input(c, model):
-    """The record that clips are read from: --input, its rows and columns in the model's order, or its own."""
+    """The record that clips are read from: --input, its rows and columns in the model's order, or its own. Of
+    generate --input holds what the model is told, of interpolate it may hold the known frames alone."""
     if not c.input:
         return model.open_record()
-    names = ",".join(model.layout.names) if model.layout.named else ""
-    record = data.open_record(c.input, names, select=c.select)
-    record = record.fit_to(model.layout, f"--input={c.input}", c.factor if c.task == "superres" else 1)
-    if record.layout.size != model.layout.size and model.conditions.channels:
-        fine = model.open_record()  # static fields on the fine grid
-        record.extras |= {k: v for k, v in fine.extras.items() if v.ndim == 2}
+    what, layout = f"--input={c.input}", model.layout
+    if c.task == "generate":
+        record = data.open_record(c.input, select=c.select).fit_to(layout, what, told=True)
+    else:
+        names = ",".join(layout.names) if layout.named else ""
+        record = data.open_record(c.input, names, select=c.select)
+        if spread(c, model, record) > 1:
+            layout = replace(layout, step_hours=c.every * layout.step_hours)
+        record = record.fit_to(layout, what, c.factor if c.task == "superres" else 1)
+    size = tuple(model.layout.size)
+    extras = {k: v for k, v in record.extras.items() if v.ndim == 1 or tuple(v.shape[-2:]) == size}
+    if any("period" not in f and f["name"] not in extras for f in model.conditions.fitted):
+        static = {k: v for k, v in model.open_record().extras.items() if v.ndim == 2}
+        extras = static | extras
+    record.extras = extras
     return record
+
+
+def spread(c, model, record):
+    """Frames from one of a record to the next: --every, where that is the step of what is to be refined."""
+    step = c.every * model.layout.step_hours
+    coarse = c.input and abs(record.layout.step_hours - step) <= data.step_tolerance(step)
+    return c.every if c.task == "interpolate" and coarse and record.layout.calendar != "frames" else 1
 
 
 def choose_starts(c, model, record, frames, count):
@@ -211,7 +240,13 @@ def choose_starts(c, model, record, frames, count):
         before = np.cumsum([0, *holes])
         starts = starts[before[starts + frames] > before[starts]]
         require(len(starts), f"--input={c.input} has no NaN: nothing is to be filled in")
-    if c.task == "generate":  # what sample i is told depends on (seed, i) alone
+    if (
+        c.input and len(np.unique(record.member[starts])) == len(starts) > 1
+    ):  # clips, or samples of a base model
+        what = f"--input={c.input} has {len(starts)} samples, which {count} conditions are too many for"
+        require(count <= len(starts), f"{what}: lower --num_samples, or raise --members with it")
+        chosen = np.arange(count)
+    elif c.task == "generate" and not c.input:  # what sample i is told depends on (seed, i) alone
         chosen = [np.random.default_rng((c.seed, i)).integers(len(starts)) for i in range(count)]
     else:
         chosen = np.linspace(0, len(starts) - 1, count).astype(int)
@@ -241,21 +276,23 @@ def pose(c, model):
     length, window = lengths(c, model.settings.frames)
     count, t = c.num_samples // c.members, np.arange(length)
     start, before, record, told = np.zeros(count, int), 0, None, None  # before: frames ahead of those read
+    every = 1  # frames from one that is read to the next
     clips = np.full((1, len(layout.names), length, *layout.size), np.nan, np.float32)
-    reads = task.reads or bool(c.input) or model.told_block > 0
+    reads = task.reads or c.task == "extend" and bool(c.input) or model.told_block > 0
     if reads or model.conditions.channels:
         record = open_input(c, model)
         wanted = min(window, model.settings.frames) if c.task == "extend" else length
-        start, n = choose_starts(c, model, record, wanted, count)
+        every = spread(c, model, record)
+        start, n = choose_starts(c, model, record, -(-wanted // every), count)
     if reads:
         before = length - n if c.task == "hindcast" else 0
         clips = np.full((count, *clips.shape[1:3], *record.layout.size), np.nan, np.float32)
-        clips[:, :, before : before + n] = data.read_clips(record, start, n)
+        clips[:, :, before : before + n * every : every] = data.read_clips(record, start, n)
     y, mask, factor = known_cells(c, clips, model)
     hours = (t - before) * layout.step_hours + np.zeros((count, 1))
     hours = hours + record.hours[start][:, None] if record else hours
     if model.conditions.channels:
-        index = np.maximum(start[:, None] + t - before, 0)
+        index = np.maximum(start[:, None] + (t - before) // every, 0)
         told = model.conditions.values(record, index, hours, model.grid)
     if model.told_block:
         noised = torch.full((count,), c.augment_logsnr), torch.Generator().manual_seed(c.seed)
@@ -454,7 +491,11 @@ def fingerprint(c, digest):
     """Names a set of samples by what they depend on: not the batch size or the machine."""
     free = {"out_dir", "batch_size", "device", "compile", "checkpoint_activations", "verify", "dry"}
     free |= {"num_samples"} if c.task == "generate" else set()
-    stamp = [Path(c.input).stat().st_mtime_ns] if c.input else []
+    source = Path(c.input)
+    while c.input and not source.exists():  # a group of a file
+        source = source.parent
+    files = [f for f in (source, *source.rglob("*")) if f.is_file()] if c.input else []
+    stamp = sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
     settings = {k: v for k, v in vars(c).items() if k not in free}
     text = json.dumps([digest, settings, stamp], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -585,8 +626,8 @@ def bootstrap(samples, truth, sums, groups=None, paired=False):
 
     sums: clips -> {name: sum}. Samples are independent, or `groups` runs of them are: a sequence cut in
     pieces, the members of one condition. Held-out clips are not: see `few`. paired: of the truth, too, there
-    are `groups` runs; group i was made of, or for, the i-th, and the two are drawn together. Of n blocks n - 1 are drawn, which gives means their
-    variance (Rao and Wu 1988).
+    are `groups` runs; group i was made of, or for, the i-th, and the two are drawn together. Of n blocks
+    n - 1 are drawn, which gives means their variance (Rao and Wu 1988).
     """
     groups = groups or len(samples)
     counts = [few(groups)] * 2 if paired else [min(groups, 100), few(len(truth))]
@@ -1008,7 +1049,7 @@ def axis(values, log, start, stop):
 
 
 class Page:
-    """A picture of two rows of three panels; those of quantiles and of spectra, from `compare`, come first."""
+    """A picture of two rows of three panels; first those of quantiles and of spectra, from `compare`."""
 
     def __init__(self, heading, curves, variable, layout):
         self.image = Image.new("RGB", (1200, 715), WHITE)
@@ -1192,7 +1233,7 @@ def in_pieces(x, n):
 
 
 def correlation_at_joins(y, windows):
-    """Correlation with the frame before, {where: of all cells}, of sequences y (N, L, H, W) drawn in windows."""
+    """Correlation with the frame before, {where: number}, of sequences y (N, L, H, W) drawn in windows."""
     drawn_by = np.argmax([np.isin(np.arange(y.shape[1]), w[keep]) for w, keep in windows], 0)
     joins, out = np.diff(drawn_by) != 0, {}
     for where, at in (("inside windows", ~joins), ("across joins", joins)):
@@ -1276,12 +1317,19 @@ def load_model(c):
     cells = model.settings.coarsen == 1 or model.told_block
     require(cells or not c.exact, "--exact=true knows the law of cells, not of the means of --coarsen")
     require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
-    told = c.guidance_scale == 1 or model.conditions.channels or model.told_block
-    require(told, "--guidance_scale needs a checkpoint of train.py with --condition")
+    is_told = model.conditions.channels or model.told_block
+    require(
+        is_told or c.guidance_scale == 1, "--guidance_scale needs a checkpoint of train.py with --condition"
+    )
+    emulates = model.conditions.channels and not model.told_block
+    what = "--input belongs to another --task than generate, or to a model that is told fields (--condition)"
+    require(not c.input or c.task != "generate" or emulates, what)
     latent = c.task in ("inpaint", "superres") and model.settings.vae
     require(not latent, f"--task={c.task} needs cells, and this is a model of latents, which know frames")
     other = c.task == "superres" and model.told_block not in (0, c.factor)
     require(not other, f"this upsampler is told means of --factor={model.told_block} cells, not {c.factor}")
+    if not builtin:
+        print(f"data      {dataset}, as {c.out_dir}/ckpt.pt names it")
     if compiled:
         model.denoiser.network.compile_blocks()
     return model, checkpoint["digest"], checkpoint["step"]
@@ -1324,7 +1372,13 @@ def main(argv=None):
         law = BoxLaw.of(model.settings.frames, model.settings.size)
         emerging = diffusion.Levels("logsnr", *law.emergence(margin=5.0))
         law = law.map(lambda a: a.to(model.denoiser.gaussian.mean.device))
+    require(c.input or "select" not in given, "--select belongs to --input")
+    what = "--augment_logsnr belongs to an upsampler (train.py --condition=coarse)"
+    require(model.told_block or "augment_logsnr" not in given, what)
+    check_room(c, model, lengths(c, model.settings.frames)[0])
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
+    if c.verify:
+        model.open_record()  # if it is gone nothing has been drawn yet
     if law:  # nothing is known of the box
         problem.y = problem.mask = torch.zeros(c.num_samples, *law.variances.shape)
     whole = problem.factor > 1 or c.task in ("encode", "morph") or c.obs_std > 0
@@ -1339,7 +1393,7 @@ def main(argv=None):
         x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
         if rank > 0:
             return
-        for path in folder.glob("verify*"):  # of an earlier run
+        for path in (*folder.glob("verify*"), *folder.glob("samples_*")):  # of an earlier run
             path.unlink()
         written = write_results(c, model, problem, x, history, folder)
         if c.verify and TASKS[c.task].start in ("noise", "edit"):

@@ -3453,14 +3453,39 @@ def test_an_upsampler_sees_noise_of_the_level_it_is_told(trained):
     assert told[:, 1, 0, 0, 0].tolist() == pytest.approx([-0.2, 0.2])
 
 
-@pytest.mark.parametrize("suffix", ["npz", "nc"])
-def test_a_cascade_refines_every_sample_of_its_base(suffix, own, trained):
+@pytest.mark.parametrize("file", ["", "samples.npz", "samples.nc"])
+def test_a_cascade_refines_every_sample_of_its_base(file, own, trained):
     base, fine = own("coarsen=2"), trained("coarsen=2 condition=coarse")
-    means = drawn(base, "num_samples=3").x
-    upper = drawn(
-        fine, "num_samples=3 task=superres factor=2 verify=true", input=base / f"samples/samples.{suffix}"
+    means = drawn(base, "num_samples=5").x
+    settings = f"num_samples=3 task=superres factor=2 input={base}/samples/{file}"
+    np.testing.assert_allclose(
+        posed(fine, settings).given(model_of(fine).codec)[..., ::2, ::2], means[:3], rtol=1e-4
     )
-    assert means.shape == (3, 1, 4, 4, 4) and upper.x.shape == (3, 1, 4, 8, 8) and "walk" in upper.report
+    upper = drawn(fine, f"{settings} verify=true")
+    assert means.shape == (5, 1, 4, 4, 4) and upper.x.shape == (3, 1, 4, 8, 8) and "walk" in upper.report
+    with pytest.raises(data.InputError, match="has 5 samples, which 6 conditions are too many for"):
+        posed(fine, settings.replace("num_samples=3", "num_samples=6"))
+
+
+def test_every_second_frame_of_a_base_model_is_filled_in(own, trained, workplace):
+    twelve, walk = workplace / "twelve.npz", dict(np.load(workplace / "told.npz"))
+    np.savez(twelve, walk=walk["walk"][::2], time=walk["time"][::2])
+    base, fine = own(f"dataset={twelve}"), trained("dataset=told.npz variables=walk")
+    given = drawn(base, "num_samples=2").x
+    x = drawn(fine, f"num_samples=2 task=interpolate length=7 input={base}/samples/samples.nc").x
+    np.testing.assert_allclose(x[:, :, ::2], given, rtol=1e-4, atol=1e-4)
+
+
+def test_fields_that_are_told_may_come_alone(trained, workplace):
+    told = dict(np.load(workplace / "told.npz"))
+    np.savez(workplace / "wind.npz", wind=told["walk"] * 2 + 3, walk=told["walk"], time=told["time"])
+    np.savez(workplace / "alone.npz", wind=told["walk"][:9] * 2 + 3, time=told["time"][:9])
+    folder = trained("dataset=wind.npz variables=walk condition=wind,hour")
+    problem = posed(folder, "input=alone.npz num_samples=3 length=9")
+    held = (told["walk"] * 2 + 3 - model_of(folder).conditions.fitted[0]["mean"])[:9]
+    expected = held / model_of(folder).conditions.fitted[0]["std"]
+    np.testing.assert_allclose(problem.told[0, 1], expected, rtol=1e-4, atol=1e-4)
+    assert drawn(folder, "input=alone.npz num_samples=2").x.shape == (2, 1, 4, 8, 8)
 
 
 def test_a_model_of_latents_learns_resumes_and_draws(own, trained, tmp_path, capsys):
@@ -3568,7 +3593,11 @@ sample task=paint: not one of generate
 sample noise_until=1 sampler=ddim: belongs to --sampler=auto or dpmpp_sde
 sample task=encode sampler=ancestral: deterministic
 sample task=morph sampler=ode num_samples=1: at least 2
-sample input=walk.npy: belongs to another --task
+sample out_dir=ok input=walk.npy: belongs to another --task
+sample out_dir=ok select=x=0:3: --select belongs to --input
+sample out_dir=ok augment_logsnr=3: belongs to an upsampler
+sample out_dir=ok num_samples=1000000000: GB of disk
+sample out_dir=ok steps=100000000: must be <= 1000000
 sample task=forecast members=3: must be a multiple of --members=3
 sample exact=true task=edit: belongs to --task=generate
 sample exact=true out_dir=ok: not of walk.npy

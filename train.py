@@ -217,6 +217,11 @@ def check(c):
     require(c.min_frames <= c.frames, f"--min_frames={c.min_frames} is more than --frames={c.frames}")
 
 
+def memory_size():
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+
+
 def check_room(c):
     """Refuse what is far too large here, roughly: built-in data, 20 bytes a weight, activations."""
     builtin, made = c.dataset in ("climate", "gaussian"), Path(f"data/{c.dataset}_{c.size}_seed0.npy")
@@ -226,7 +231,7 @@ def check_room(c):
     weights = 27 * (2 * c.blocks + 3) * sum((c.width * int(m)) ** 2 for m in c.mults.split(","))
     patches = c.batch_size * c.frames * (c.size / c.patch if builtin else 1) ** 2
     needed = 20 * weights + 100 * patches * c.width * c.blocks * (not c.checkpoint_activations)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    memory = memory_size()
     memory = max(memory, *torch.cuda.mem_get_info()) if torch.cuda.is_available() else memory
     text = f"--width={c.width} and --batch_size={c.batch_size} need about {needed / 1e9:.0f} GB of memory"
     require(needed < memory, f"{text}, and there are {memory / 1e9:.0f}")
@@ -599,13 +604,11 @@ def evaluate(run):
 def verdict(bins, alone):
     """In words, where a network's held-out v-error by bin is above that of the Gaussian law alone."""
     ratios = {k: v / alone[k] for k, v in bins.items()}
-    worse = [f"{k} ({r:.2f} times)" for k, r in ratios.items() if r > 1]
+    worse = [f"{k} ({r:.2f} times)" for k, r in ratios.items() if r > 1.005]
     total = sum(bins.values()) / sum(alone.values())
-    where = (
-        f"above it at log-SNR {', '.join(worse)}: fewer --max_iters or more data"
-        if worse
-        else "nowhere above"
-    )
+    where = "nowhere above"
+    if worse:
+        where = f"above it at log-SNR {', '.join(worse)}: fewer --max_iters or more data"
     return f"v-error {total:.2f} of the Gaussian law's, {where}"
 
 
