@@ -9,8 +9,9 @@ found and what mends it.
 import math
 import os
 import re
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -169,7 +170,7 @@ def generate(path, kind, size, seed):
 
     c = torch.from_numpy(threshold(np.arange(SEASONS))).float()[:, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path.parent)
+    remove_stale(path.parent, age=24 * 3600)  # another machine may be making one
     with replacing(path) as f:
         out = reserved(f.name, (SEASONS, SEASON_HOURS, size, size), np.float16)
         z = S.sqrt() * noise()
@@ -180,6 +181,7 @@ def generate(path, kind, size, seed):
             out[:, hour] = latent if kind == "gaussian" else rain(latent, c)
             z = decay * z + kick * noise()
         out.flush()
+        del out
 
 
 @dataclass
@@ -411,7 +413,7 @@ class Piece:
         return x if self.order is None else x[..., self.order[0][:, None], self.order[1]]
 
     def seen_as(self, names, order):
-        """The piece with other names of its variables, and of what it reads these rows and columns."""
+        """The piece with its variables renamed, and rows and columns taken in this order."""
         if order is not None and self.order is not None:
             order = tuple(i[j] for i, j in zip(self.order, order))
         arrays = {names.get(k, k): a for k, a in self.arrays.items()}
@@ -487,8 +489,9 @@ class Record:
         """This record under the names and in the order of rows and columns of another layout, frame numbers
         as hours of its step. told: its variables are not those of the layout, but what a model is told.
         Raises InputError where they differ in more than order (Layout.match)."""
-        own = replace(self.layout, names=layout.names, attrs=layout.attrs)
-        order = layout.match(own if told else self.layout, what, factor)
+        renamed = replace(self.layout, names=layout.names, attrs=layout.attrs)
+        own = self.layout if told else renamed
+        order = layout.match(renamed if told else self.layout, what, factor)
         extras = {k: v for k, v in self.extras.items() if not isinstance(v, Told)}
         if order is not None:  # blocks of cells move as a whole
             extras = {k: v[np.ix_(*order)] if v.ndim == 2 else v for k, v in extras.items()}
@@ -498,13 +501,10 @@ class Record:
             own = replace(own, dims=layout.dims, coords=layout.coords)
         if own.calendar == "frames" and layout.calendar != "frames":
             hours, own = hours * layout.step_hours, replace(own, calendar="none")
-        names = {} if told else dict(zip(self.layout.names, layout.names))
-        pieces = [p.seen_as(names, order) for p in self.pieces]
-        if told:
-            record = replace(self, pieces=pieces, hours=hours, extras={})
-            extras |= {k: Told(record, k) for k in self.layout.names}
-            own, pieces = replace(own, names=self.layout.names), record.pieces
-        return replace(self, layout=own, pieces=pieces, hours=hours, extras=extras)
+        pieces = [p.seen_as(dict(zip(self.layout.names, own.names)), order) for p in self.pieces]
+        record = replace(self, layout=own, pieces=pieces, hours=hours, extras=extras)
+        record.extras |= {k: Told(record, k) for k in own.names if told}
+        return record
 
 
 @dataclass
@@ -660,7 +660,12 @@ def numpy_dataset(path, wanted, notes):
     except Exception as e:
         raise InputError(f"cannot read {path}: {reason(e)}")
     has = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())
-    dims = arrays.pop("dims", np.array(())).tolist()
+    dims = arrays.pop("dims", np.array(()))
+    if dims.size and (dims.dtype.kind not in "SU" or dims.ndim != 1 or len(dims) < 3):
+        raise InputError(
+            f"{path} has an array 'dims' that does not name the dimensions of its fields: rename it"
+        )
+    dims = texts(dims)
     fields = {k: a for k, a in arrays.items() if a.ndim in ((len(dims),) if dims else (3, 4))}
     shapes = {a.shape for k, a in fields.items() if k in wanted}
     fields = {k: a for k, a in fields.items() if a.shape in shapes} or fields
@@ -683,7 +688,8 @@ def numpy_dataset(path, wanted, notes):
     for k, a in arrays.items():
         along = [d for d in (k, f"dim_{a.size}", "channel", dims[0]) if a.shape == (sizes.get(d),)]
         if along:
-            hours = {"units": "hours"} if a.dtype.kind in "fiu" and along[0] in (dims[0], "time") else {}
+            number = a.dtype.kind in "fiu" and along[0] in (dims[0], "time")
+            hours = {"units": "hours"} if number and decode_times(a, {})[1] in UNDATED else {}
             variables[along[0] if UNNAMED.match(along[0]) and k != "units" else k] = along[:1], a, hours
         elif a.shape == (H, W) and k not in fields:
             variables[k] = dims[-2:], a
@@ -788,7 +794,7 @@ def fields_of(ds):
         else:
             found = {c: da.isel({rest[0]: i}, drop=True) for i, c in enumerate(channels)} or {name: da}
             for i, v in enumerate(found.values()):
-                if "units" in ds and ds["units"].dims == tuple(rest):
+                if channels and "units" in ds and ds["units"].dims == tuple(rest):
                     v.attrs["units"] = texts(ds["units"].values)[i]
             usable |= {k: v.transpose(*front, y, x) for k, v in found.items()}
     return usable, refused
@@ -1582,7 +1588,7 @@ def write_samples(folder, x, layout, history, lead, reference=None):
 @contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is whole; a reader never sees half of it."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}.part")
     try:
         with open(temporary, "wb") as f:
             yield f
@@ -1591,7 +1597,8 @@ def replacing(path):
         os.replace(temporary, path)
         if os.name == "posix":  # the new name is on disk, too
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with suppress(OSError):  # some file systems cannot
+                os.fsync(folder)
             os.close(folder)
     except OSError as e:
         raise OSError(f"{path} cannot be written: {e.strerror or e}")
@@ -1599,12 +1606,14 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_stale(folder):
-    """Delete what processes that are dead left half written, .PID.name."""
-    for path in folder.iterdir() if os.name == "posix" else ():
+def remove_stale(folder, age=0.0):
+    """Delete what processes that are dead left half written at least `age` seconds ago (see `replacing`)."""
+    for path in folder.glob(".*.part") if os.name == "posix" else ():
         pid = re.match(r"\.(\d{1,9})\.", path.name)
+        if pid is None or time.time() - path.stat().st_mtime < age:
+            continue
         try:
-            os.kill(int(pid[1]) if pid else os.getpid(), 0)
+            os.kill(int(pid[1]), 0)
         except ProcessLookupError:
             path.unlink(missing_ok=True)
         except PermissionError:  # it lives, and is another user's

@@ -58,7 +58,7 @@ snr = 0.16  # signal-to-noise ratio of a Langevin step [> 0, sampler=pc langevin
 clip = "auto"  # clamp x_hat to the range of the training data; auto: for eps and score [auto | true | false]
 # what is asked: the task says which part y = A x of the field is known
 task = "generate"  # a row of TASKS
-input = ""  # file with the fields that are given; empty takes held-out clips
+input = ""  # file with what is given, of generate with what the model is told; empty: held-out clips
 select = ""  # part of --input, as of train.py's --dataset
 known = 2  # frames that are known, or handed from window to window [>= 1]
 every = 2  # every n-th frame is known [>= 2, task=interpolate]
@@ -188,9 +188,8 @@ def check_room(c, model, length):
     text = f"{c.num_samples} samples of {length} frames need about"
     needed = 4 * c.num_samples * size  # parts, samples.npy, .npz and .nc
     require(needed < free, f"{text} {needed / 1e9:.0f} GB of disk, and {free / 1e9:.0f} are free")
-    needed = (
-        8 * size * (c.num_samples // c.members * (c.task != "generate") + min(c.batch_size, c.num_samples))
-    )
+    conditions = 0 if c.task == "generate" else c.num_samples // c.members
+    needed = 8 * size * (conditions + min(c.batch_size, c.num_samples))
     require(needed < memory, f"{text} {needed / 1e9:.0f} GB of memory, and there are {memory / 1e9:.0f}")
 
 
@@ -198,30 +197,30 @@ def open_input(c, model):
     """The record that clips are read from: --input, its rows and columns in the model's order, or its own. Of
     generate --input holds what the model is told, of interpolate it may hold the known frames alone."""
     if not c.input:
-        return model.open_record()
+        return model.record
     what, layout = f"--input={c.input}", model.layout
     if c.task == "generate":
         record = data.open_record(c.input, select=c.select).fit_to(layout, what, told=True)
     else:
         names = ",".join(layout.names) if layout.named else ""
         record = data.open_record(c.input, names, select=c.select)
-        if spread(c, model, record) > 1:
+        if stride(c, model, record) > 1:
             layout = replace(layout, step_hours=c.every * layout.step_hours)
         record = record.fit_to(layout, what, c.factor if c.task == "superres" else 1)
     size = tuple(model.layout.size)
     extras = {k: v for k, v in record.extras.items() if v.ndim == 1 or tuple(v.shape[-2:]) == size}
     if any("period" not in f and f["name"] not in extras for f in model.conditions.fitted):
-        static = {k: v for k, v in model.open_record().extras.items() if v.ndim == 2}
-        extras = static | extras
-    record.extras = extras
-    return record
+        extras = {k: v for k, v in model.record.extras.items() if v.ndim == 2} | extras
+    return replace(record, extras=extras)
 
 
-def spread(c, model, record):
-    """Frames from one of a record to the next: --every, where that is the step of what is to be refined."""
+def stride(c, model, record):
+    """How many frames lie from one of the record to the next: --every of a file with the known frames alone,
+    else 1."""
+    if c.task != "interpolate" or "frames" in (record.layout.calendar, model.layout.calendar):
+        return 1
     step = c.every * model.layout.step_hours
-    coarse = c.input and abs(record.layout.step_hours - step) <= data.step_tolerance(step)
-    return c.every if c.task == "interpolate" and coarse and record.layout.calendar != "frames" else 1
+    return c.every if abs(record.layout.step_hours - step) <= data.step_tolerance(step) else 1
 
 
 def choose_starts(c, model, record, frames, count):
@@ -243,8 +242,8 @@ def choose_starts(c, model, record, frames, count):
     if (
         c.input and len(np.unique(record.member[starts])) == len(starts) > 1
     ):  # clips, or samples of a base model
-        what = f"--input={c.input} has {len(starts)} samples, which {count} conditions are too many for"
-        require(count <= len(starts), f"{what}: lower --num_samples, or raise --members with it")
+        what = f"--input={c.input} has {len(starts)} clips"
+        require(count <= len(starts), f"{what}: --num_samples is at most {len(starts)} x --members")
         chosen = np.arange(count)
     elif c.task == "generate" and not c.input:  # what sample i is told depends on (seed, i) alone
         chosen = [np.random.default_rng((c.seed, i)).integers(len(starts)) for i in range(count)]
@@ -282,7 +281,7 @@ def pose(c, model):
     if reads or model.conditions.channels:
         record = open_input(c, model)
         wanted = min(window, model.settings.frames) if c.task == "extend" else length
-        every = spread(c, model, record)
+        every = stride(c, model, record)
         start, n = choose_starts(c, model, record, -(-wanted // every), count)
     if reads:
         before = length - n if c.task == "hindcast" else 0
@@ -292,7 +291,9 @@ def pose(c, model):
     hours = (t - before) * layout.step_hours + np.zeros((count, 1))
     hours = hours + record.hours[start][:, None] if record else hours
     if model.conditions.channels:
+        ends = np.append(np.flatnonzero(record.gaps()), len(record) - 1)  # of stretches without a gap
         index = np.maximum(start[:, None] + (t - before) // every, 0)
+        index = np.minimum(index, ends[np.searchsorted(ends, start)][:, None])
         told = model.conditions.values(record, index, hours, model.grid)
     if model.told_block:
         noised = torch.full((count,), c.augment_logsnr), torch.Generator().manual_seed(c.seed)
@@ -490,11 +491,12 @@ class Sampler:
 def fingerprint(c, digest):
     """Names a set of samples by what they depend on: not the batch size or the machine."""
     free = {"out_dir", "batch_size", "device", "compile", "checkpoint_activations", "verify", "dry"}
-    free |= {"num_samples"} if c.task == "generate" else set()
+    free |= {"num_samples"} if c.task == "generate" and not c.input else set()
     source = Path(c.input)
     while c.input and not source.exists():  # a group of a file
         source = source.parent
-    files = [f for f in (source, *source.rglob("*")) if f.is_file()] if c.input else []
+    files = (source, *source.rglob("[!.]*")) if c.input else ()
+    files = [f for f in files if f.is_file() and not f.parent.name.startswith("parts-")]
     stamp = sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
     settings = {k: v for k, v in vars(c).items() if k not in free}
     text = json.dumps([digest, settings, stamp], sort_keys=True)
@@ -1206,7 +1208,7 @@ def references(model, problem):
     given = problem.given(model.codec)
     if problem.factor > 1:
         return {"block means": given[None]}
-    record = model.open_record()
+    record = model.record
     starts = data.split_windows(record, model.settings.frames)[0]
     out = {"climatology": data.read_clips(record, data.thin(starts, 50), 1)[:, None]}  # (50, 1, C, 1, H, W)
     seen, there = np.isfinite(given[0]), np.isfinite(problem.truth[0])
@@ -1219,7 +1221,7 @@ def references(model, problem):
 
 def held_out_clips(model, frames):
     """Held-out clips that do not overlap, (N, C, T, H, W): up to 2^28 values, but at least 20 clips."""
-    record = model.open_record()
+    record = model.record
     starts = data.apart(data.split_windows(record, model.settings.frames)[1], model.settings.frames)
     values = len(model.layout.names) * frames * math.prod(model.layout.size)
     return data.read_clips(record, data.thin(starts, min(4000, max(20, 2**28 // values))), frames)
@@ -1259,8 +1261,8 @@ def verify_sequences(x, variable, windows, trained, how):
 
 
 def verify_samples(c, model, problem, x, folder):
-    """Compare ensembles with what then came, edits with what they were made of, other clips, long ones in
-    pieces, with held-out ones. Returns what goes into verify.json."""
+    """Compare ensembles with what then came, edits with their clips, all others with held-out clips, long
+    sequences in pieces. Returns what goes into verify.json."""
     s, layout, unseen, report = model.settings, model.layout, problem.unseen(model.codec), {}
     frames, groups = min(s.frames, x.shape[2]), len(problem.y)
     paired = unseen is not None or c.task == "edit"
@@ -1271,22 +1273,22 @@ def verify_samples(c, model, problem, x, folder):
     else:
         clips = in_pieces(x, frames)
         truth = in_pieces(problem.truth, frames) if paired else held_out_clips(model, frames)
+    again = model.codec.decode(model.codec.encode(truth), valid=True) if s.vae else None
     for i, variable in enumerate(model.codec.variables):
         how = {"floor": variable.floor, "dry": c.dry or variable.dry, "weights": layout.area()}
         law = None
-        if s.dataset == "climate" and not paired and layout.size == (s.size, s.size):
+        if s.dataset == "climate" and not (paired or c.input) and layout.size == (s.size, s.size):
             law = data.rain_law(s.size, frames, LEVELS, how["dry"])
         result = compare(clips[:, i], truth[:, i], exact=law, groups=groups, paired=paired, **how)
         report[variable.name] = result
         print_rows(f"{variable.name} [{variable.units or 1}]", result["rows"], result["note"])
         if s.vae:
-            again = model.codec.decode(model.codec.encode(truth), valid=True)[:, i]
-            result["autoencoder"] = compare(again, truth[:, i], paired=True, **how)["rows"]
+            result["autoencoder"] = compare(again[:, i], truth[:, i], paired=True, **how)["rows"]
             print_rows("held-out clips through the autoencoder", result["autoencoder"])
         picture = folder / (f"verify_{variable.name}.png" if i else "verify.png")
         if unseen is None:
             verification_picture(picture, result, variable, layout)
-            result |= verify_sequences(x[:, i], variable, problem.windows, s.frames, how)
+            result |= verify_sequences(x[:, i], variable, problem.windows, s.frames, how | {"groups": groups})
             continue
         ensemble = x[:, i].reshape(-1, c.members, *x.shape[2:]).swapaxes(0, 1)  # (M, R, L, H, W)
         channel = {name: fields[:, :, i] for name, fields in others.items()}
@@ -1307,7 +1309,8 @@ def load_model(c):
     """(model, digest of the checkpoint's bytes, its step) on the device that the settings ask for."""
     device, dtype, compiled = train.pick_device(c)
     checkpoint = train.load_checkpoint(Path(c.out_dir) / "ckpt.pt")
-    model = train.Model.load(checkpoint, dtype)
+    with train.fitting():
+        model = train.Model.load(checkpoint, dtype)
     model.denoiser.to(device).eval().requires_grad_(False)
     model.denoiser.network.checkpoint_activations = c.checkpoint_activations
     what = f"{c.out_dir} holds an autoencoder: train a model of its latents, train.py --vae={c.out_dir}"
@@ -1323,6 +1326,7 @@ def load_model(c):
     )
     emulates = model.conditions.channels and not model.told_block
     what = "--input belongs to another --task than generate, or to a model that is told fields (--condition)"
+    what = "refine --input with --task=superres" if model.told_block else what
     require(not c.input or c.task != "generate" or emulates, what)
     latent = c.task in ("inpaint", "superres") and model.settings.vae
     require(not latent, f"--task={c.task} needs cells, and this is a model of latents, which know frames")
@@ -1340,7 +1344,7 @@ def draw_all(c, sampler, folder, digest, rank, world):
     others None. Finished samples are parts on disk: an interrupted run goes on with the first batch that is
     not whole."""
     parts = folder / f"parts-{fingerprint(c, digest)}"
-    parts.mkdir(exist_ok=True)
+    parts.mkdir(parents=True, exist_ok=True)
     numbers, size = range(c.num_samples), min(c.batch_size, math.ceil(c.num_samples / world))
     batches = [list(numbers[i : i + size]) for i in numbers[::size]]  # whole: rounding is a batch's
     missing = [b for b in batches if not all((parts / f"{i:06d}.pt").exists() for i in b)]
@@ -1377,10 +1381,11 @@ def main(argv=None):
     require(model.told_block or "augment_logsnr" not in given, what)
     check_room(c, model, lengths(c, model.settings.frames)[0])
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
-    if c.verify:
-        model.open_record()  # if it is gone nothing has been drawn yet
+    compared = c.verify and TASKS[c.task].start in ("noise", "edit")
+    if compared:
+        model.record.extent()  # if the data are gone nothing has been drawn yet; --verify=false needs none
     if law:  # nothing is known of the box
-        problem.y = problem.mask = torch.zeros(c.num_samples, *law.variances.shape)
+        problem.y = problem.mask = torch.zeros(()).expand(c.num_samples, *law.variances.shape)
     whole = problem.factor > 1 or c.task in ("encode", "morph") or c.obs_std > 0
     what = "superres, encode, morph and --obs_std belong to a single window of frames"
     advice = f"use --frames={problem.y.shape[2]} or a shorter --length"
@@ -1393,14 +1398,15 @@ def main(argv=None):
         x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)
         if rank > 0:
             return
-        for path in (*folder.glob("verify*"), *folder.glob("samples_*")):  # of an earlier run
-            path.unlink()
+        for name in ("verify.json", "verify*.png", "samples_*.png", "samples_*.gif"):
+            for path in folder.glob(name):  # of an earlier run
+                path.unlink()
         written = write_results(c, model, problem, x, history, folder)
-        if c.verify and TASKS[c.task].start in ("noise", "edit"):
+        if compared:
             report = verify_samples(c, model, problem, x, folder)
             with data.replacing(folder / "verify.json") as f:
                 f.write(json.dumps(report, indent=1, allow_nan=False).encode())
-            written += sorted(path.name for path in folder.glob("verify*"))
+            written += ["verify.json", *sorted(path.name for path in folder.glob("verify*.png"))]
         del x
         shutil.rmtree(parts)
     print(f"\n{folder}/: {', '.join(written)}")

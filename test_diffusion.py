@@ -2765,7 +2765,7 @@ def clips_of(folder, held_out=False, **settings):
     """The clips of a run, with some of its settings changed."""
     model = model_of(folder)
     vars(model.settings).update(settings)
-    record = model.open_record()
+    record = model.record
     return train.Clips(record, data.split_windows(record, 4)[held_out], model, model.settings.min_frames)
 
 
@@ -3091,7 +3091,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_a_run(workplace, tmp_path, monk
 def test_what_dead_processes_left_is_removed_and_no_more(own):
     folder, dead = own(), os.fork() or os._exit(0)
     os.waitpid(dead, 0)
-    left, living = folder / f".{dead}.ckpt.pt", folder / f".{os.getpid()}.log.jsonl"
+    left, living = folder / f".{dead}.ckpt.pt.part", folder / f".{os.getpid()}.log.jsonl.part"
     for path in (left, living):
         path.write_text("half")
     with train.locked(folder):
@@ -3244,7 +3244,7 @@ def test_a_problem_is_the_clip_and_what_is_known_of_it(settings, trained):
     start, L = problem.hours[:, 0].astype(int), problem.hours.shape[1]  # the hours of a bare array are frames
     assert (problem.hours == start[:, None] + np.arange(L)).all()
     np.testing.assert_array_equal(problem.truth[:, 0, :n], np.stack([walk[i : i + (n or L)] for i in start]))
-    held_out = data.split_windows(model_of(trained()).open_record(), 4, max(L, 4))[1]
+    held_out = data.split_windows(model_of(trained()).record, 4, max(L, 4))[1]
     assert "input" in settings or set(start) <= set(held_out)
 
 
@@ -3640,7 +3640,7 @@ def test_a_full_disk_loses_nothing(own):
     folder = own()
     before = (folder / "ckpt.pt").read_bytes()
     assert end(started(resume, folder, "max_iters=4", limit=100_000)) == 1
-    assert (folder / "ckpt.pt").read_bytes() == before and not list(folder.glob(".*.pt"))
+    assert (folder / "ckpt.pt").read_bytes() == before and not list(folder.glob(".*.part"))
     assert end(started(drawn, folder, limit=1000)) == 1 and not (folder / "samples/samples.npz").exists()
     assert len(drawn(folder).x) == 4
 

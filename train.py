@@ -26,6 +26,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -119,8 +120,8 @@ checkpoint_activations = False  # compute them again in the backward pass: less 
 AUGMENT = (-2.0, 10.0)  # log-SNRs to which the block means that an upsampler is told are noised
 BOUND_STEPS = 1000  # steps T of the discrete bound that eval_only prints
 FORMAT = 11  # of checkpoints
-KEYS = ("layout", "codec", "conditions", "config", "gaussian", "extent", "settings", "step")  # of one, and
-KEYS += ("model", "ema", "optimizer")
+PARTS = ("layout", "codec", "conditions", "config", "gaussian", "extent", "settings")  # of a model
+KEYS = (*PARTS, "model", "ema", "optimizer", "step")  # of a checkpoint
 BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of bins of log-SNR in log.jsonl
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -297,6 +298,18 @@ def load_checkpoint(path, setting="--out_dir"):
     return checkpoint | {"digest": hashlib.sha256(content).hexdigest()}
 
 
+@contextmanager
+def fitting():
+    """Whatever of a checkpoint is not as this program writes it is an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        text = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise InputError(f"the checkpoint does not fit this program ({text}): train anew")
+
+
 def check_folder(c, digest=None):
     """Refuse to replace a checkpoint that nobody said may go, or that is no longer the one of this digest."""
     path = Path(c.out_dir) / "ckpt.pt"
@@ -385,16 +398,7 @@ class Model:
 
     @classmethod
     def load(cls, checkpoint, dtype=torch.float32, weights="ema"):
-        """The model of a checkpoint with its averaged weights or, weights="model", those of its last step.
-        Raises InputError where it does not fit this program."""
-        try:
-            return cls.build(checkpoint, dtype, weights)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            text = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise InputError(f"the checkpoint does not fit this program ({text}): train anew")
-
-    @classmethod
-    def build(cls, checkpoint, dtype, weights):
+        """The model of a checkpoint with its averaged weights or, weights="model", those of its last step."""
         settings, codec = SimpleNamespace(**checkpoint["settings"]), data.Codec.load(checkpoint["codec"])
         if "latents" in checkpoint["codec"]:
             codec = LatentCodec.load(codec, checkpoint["codec"])
@@ -405,7 +409,8 @@ class Model:
         parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions(checkpoint["conditions"])
         return cls(denoiser, *parts, checkpoint["extent"], settings)
 
-    def open_record(self):
+    @cached_property
+    def record(self):
         """The record trained on; InputError if it is no longer the same, and so would be split elsewhere."""
         s = self.settings
         record = open_data(s).fit_to(self.layout, s.dataset)
@@ -421,12 +426,16 @@ def open_data(c):
     """The record that the settings name, of block means if they say so."""
     record = data.open_record(c.dataset, c.variables, c.size, select=c.select)
     means = record.coarsened(c.coarsen) if c.coarsen > 1 else record  # refuses a grid that n does not divide
+    if "weather" in told_names(c) and isinstance(record.extras.get("weather"), data.Weather):
+        record.extras["weather"].means  # makes its data now, by one rank
     return record if "coarse" in told_names(c) else means
 
 
 def open_autoencoder(c, record, clips):
     """The codec of latents: the autoencoder of --vae, its latents standardised by batches of clips."""
-    vae = Model.load(load_checkpoint(Path(c.vae).expanduser() / "ckpt.pt", "--vae"))
+    checkpoint = load_checkpoint(Path(c.vae).expanduser() / "ckpt.pt", "--vae")
+    with fitting():
+        vae = Model.load(checkpoint)
     require(vae.settings.network == "vae", f"--vae={c.vae} was not trained with --network=vae")
     order = vae.layout.match(record.layout, c.dataset, reference=f"--vae={c.vae}")
     require(order is None, f"{c.dataset} has its rows or columns in another order than the data of {c.vae}")
@@ -585,7 +594,7 @@ def means(results, network):
         }
     which, edges = torch.bucketize(logsnr, torch.tensor(BINS)), ["", *map(str, BINS), ""]
     rows = {f"{edges[i]}..{edges[i + 1]}": v_error[which == i].mean().item() for i in which.unique().tolist()}
-    return loss.mean().item(), {name: round(value, 5) for name, value in rows.items()}
+    return loss.mean().item(), {name: float(f"{value:.4g}") for name, value in rows.items()}
 
 
 @torch.no_grad()
@@ -603,12 +612,12 @@ def evaluate(run):
 
 def verdict(bins, alone):
     """In words, where a network's held-out v-error by bin is above that of the Gaussian law alone."""
-    ratios = {k: v / alone[k] for k, v in bins.items()}
+    ratios = {k: v / alone[k] for k, v in bins.items() if alone[k]}
     worse = [f"{k} ({r:.2f} times)" for k, r in ratios.items() if r > 1.005]
     total = sum(bins.values()) / sum(alone.values())
     where = "nowhere above"
     if worse:
-        where = f"above it at log-SNR {', '.join(worse)}: fewer --max_iters or more data"
+        where = f"above it at log-SNR {', '.join(worse)}"
     return f"v-error {total:.2f} of the Gaussian law's, {where}"
 
 
@@ -693,7 +702,8 @@ def start(c, given, rules):
     model, checkpoint = None, None
     if c.init_from == "resume" or c.eval_only:
         checkpoint = load_checkpoint(Path(c.out_dir) / "ckpt.pt")
-        inherit(c, checkpoint["settings"], given, rules)
+        with fitting():
+            inherit(c, checkpoint["settings"], given, rules)
         check(c)
     steps = c.gradient_accumulation_steps
     require(steps % world == 0, f"--gradient_accumulation_steps={steps} is no multiple of the {world} ranks")
@@ -701,10 +711,11 @@ def start(c, given, rules):
     check_room(c)
     device, dtype, compiled = pick_device(c)
     if checkpoint:
-        model = Model.load(checkpoint | {"settings": vars(c)}, dtype, "model")
+        with fitting():
+            model = Model.load(checkpoint | {"settings": vars(c)}, dtype, "model")
     if rank > 0:
         dist.barrier()  # rank 0 makes the built-in data first
-    record = model.open_record() if model else open_data(c)
+    record = model.record if model else open_data(c)
     if rank == 0 and world > 1:
         dist.barrier()
     starts = data.split_windows(record, c.frames)
@@ -725,8 +736,9 @@ def start(c, given, rules):
     run.step, run.digest = 0, None
     if checkpoint:
         run.step, run.digest = checkpoint["step"], checkpoint["digest"]
-        run.ema.network.load_state_dict(checkpoint["ema"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        with fitting():
+            run.ema.network.load_state_dict(checkpoint["ema"])
+            run.optimizer.load_state_dict(checkpoint["optimizer"])
         for p, moments in run.optimizer.state.items():  # a fused optimiser pairs entries by place in memory
             same = {k: v for k, v in moments.items() if v.shape == p.shape}
             moments |= {k: torch.empty_like(p).copy_(v) for k, v in same.items()}
@@ -838,7 +850,7 @@ def train_until_done(run, received):
                 if due and not stop:
                     line["val_loss"], line["val_bins"], line["gaussian_bins"] = evaluate(run)
                     if not math.isfinite(line["val_loss"]):
-                        what = f"held-out loss not finite at step {run.step}, nothing is saved"
+                        what = f"held-out loss not finite at step {run.step}, which is not saved"
                         raise RuntimeError(f"{what}: lower --learning_rate")
                     text = f"step {run.step}: loss {loss:.4f}, held-out loss {line['val_loss']:.4f}"
                     against = (line["val_bins"], line["gaussian_bins"])
