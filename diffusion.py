@@ -403,24 +403,6 @@ def training_loss(F, x, eps, logsnr, param="v", weighting="v", log_p=None, mask=
     return like(weight, error) * error, like(log_factor.exp(), error) * error.detach()
 
 
-def average_targets(x, eps, logsnr):
-    """(x, eps) (B, ...) of less variance that make the same z: any clip of the batch may have become z_i.
-
-    x is E[x_i | z_i, the clips], whose mean given z_i is E[x | z_i] still: the best denoiser is the same,
-    only the variance of the gradient falls (Rao-Blackwell; Xu et al. 2023).
-    """
-    alpha, sigma = scales(logsnr, x)
-    a, b = alpha.flatten(1), sigma.flatten(1)
-    z, clips = diffuse(x, logsnr, eps).flatten(1), x.flatten(1)
-    # -|z_i - alpha_i x_j|^2 / 2 sigma_i^2 + c_i
-    log_p = a / b**2 * (z @ clips.T - a / 2 * torch.linalg.vecdot(clips, clips))
-    others = log_p.softmax(1) - torch.eye(len(x), dtype=x.dtype, device=x.device)
-    shift = others @ clips  # x_i itself is not multiplied: TF32 would round it
-    clear = like(logsnr, x)[:, None] > 6  # alpha / sigma would magnify rounding errors
-    shift = torch.where(clear, 0, shift).view_as(x)
-    return x + shift, eps - alpha / sigma * shift
-
-
 # ------------------------------------------------------------------------------------------------------------
 # likelihoods, in nats per sample: lower is better for bounds, log p is log p
 
@@ -545,15 +527,11 @@ def extrapolate(now, t, s, memory):
     return now + 0.5 * (s - t) / (t - when) * (now - before)
 
 
-def multistep(denoise, z, t, s, noise, memory, order=1, eta=1.0, variance=0.0, until=math.inf):
-    """Ancestral sampling, DDIM (eta 0), and of order 2 DPM-Solver++(2M) (eta 0) and its SDE form (eta 1).
-
-    Steps from log-SNR `until` on are those of eta 0: a network's errors make eta 0 lose variance of weather
-    as a whole, eta 1 light rain about its edges.
-    """
+def multistep(denoise, z, t, s, noise, memory, order=1, eta=1.0, variance=0.0):
+    """Ancestral sampling, DDIM (eta 0), and of order 2 DPM-Solver++(2M) (eta 0) and its SDE form (eta 1)."""
     x_hat = denoise(z, t)
     D = extrapolate(x_hat, t, s, memory)
-    z = update(z, D, t, s, eta if t < until else 0.0, variance, noise)
+    z = update(z, D, t, s, eta, variance, noise)
     return z, x_hat, (x_hat, t) if order == 2 else None
 
 

@@ -50,7 +50,6 @@ steps = 64  # sampler steps [>= 1, <= 1000000]
 sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given
 spacing = "auto"  # steps even in log-SNR where modes emerge, in training time, EDM's [auto | time | rho]
 eta = 0.0  # 0 deterministic, 1 ancestral [>= 0, <= 1, sampler=ddim]
-noise_until = -1.0  # log-SNR from which steps add no noise: those of dpmpp [sampler=auto dpmpp_sde]
 variance = 0.0  # 0 lower, 1 upper bound, between them interpolated [>= 0, <= 1, sampler=ancestral]
 churn = 0.0  # relative noise added before a step [>= 0, sampler=heun]
 corrections = 0  # Langevin steps per level; 0: 1 of pc, 10 of langevin [>= 0, <= 1000, sampler=pc langevin]
@@ -363,7 +362,6 @@ def make_step(c, law, known=False):
     options = {
         "ancestral": {"variance": c.variance},
         "ddim": {"eta": c.eta},
-        "dpmpp_sde": {"until": c.noise_until},
         "heun": {"churn": c.churn},
         "modes": {"law": law},
         "pc": langevin,

@@ -274,27 +274,6 @@ def test_masked_cells_are_left_out_of_the_loss():
     assert loss.tolist() == pytest.approx([4.5, 4.5])  # 9 in three of six cells
 
 
-@pytest.mark.parametrize("l,z", [(-3.0, 0.4), (0.0, 1.1), (4.0, 3.0), (9.0, 3.99)])
-def test_averaged_targets_have_the_same_mean(l, z):
-    """Data of 0, 1 or 4 with known odds, all batches of three enumerated: the mean target is E[x | z]."""
-    values, odds, logsnr = f64([0.0, 1.0, 4.0]), f64([0.5, 0.3, 0.2]), f64([l] * 3)
-    alpha, sigma = D.alpha_sigma(logsnr[0])
-    likelihood = (-0.5 * ((z - alpha * values) / sigma) ** 2).exp()
-    total = norm = 0
-    for drawn in itertools.product(range(3), repeat=3):
-        x, p = values[list(drawn)][:, None], odds[list(drawn)].prod() * likelihood[drawn[0]]
-        target, eps = D.average_targets(x, (z - alpha * x) / sigma, logsnr)
-        close(alpha * target + sigma * eps, torch.full_like(x, z))
-        total, norm = total + p * target[0, 0], norm + p
-    exact = (odds * likelihood * values).sum() / (odds * likelihood).sum()
-    assert (total / norm).item() == pytest.approx(exact.item(), abs=1e-12)
-
-
-def test_in_pure_noise_the_averaged_target_is_the_mean_of_the_batch():
-    x, eps = normal(2, 5, 3)
-    close(D.average_targets(x, eps, f64([-30.0] * 5))[0], x.mean(0).expand(5, 3), rtol=0, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the Gaussian law
 
@@ -448,12 +427,11 @@ def variance_of(step, grid, w):
 
 STEPS = D.SAMPLERS | {
     "eta_half": partial(D.SAMPLERS["ddim"], eta=0.5),
-    "until": partial(D.SAMPLERS["dpmpp_sde"], until=0.0),
     "churn": partial(D.heun, churn=0.02),
 }
 
 
-@pytest.mark.parametrize("name", ["ancestral", "dpmpp_sde", "sde", "eta_half", "until", "churn"])
+@pytest.mark.parametrize("name", ["ancestral", "dpmpp_sde", "sde", "eta_half", "churn"])
 def test_samplers_reach_the_exact_spectrum(name):
     grids = [D.Levels("logsnr", -16.0, 17.0).grid(n) for n in (100, 200)]
     for w in (0.01, 1.0, 100.0):  # a steep spectrum, each eigenvalue a scalar Gaussian
@@ -470,12 +448,6 @@ def test_order_of_convergence(name, order):
         z = after(STEPS[name], scalar_denoiser(w), f64([[1.0]]), grid)
         errors.append(abs(z.item() - (variance[1] / variance[0]).sqrt().item()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
-
-
-def test_steps_beyond_until_add_no_noise():
-    z, grid, denoise = normal(4, 1), torch.linspace(-2, 2, 9, dtype=torch.float64), scalar_denoiser(0.3)
-    silent = after(partial(D.SAMPLERS["dpmpp_sde"], until=-2.0), denoise, z, grid)
-    close(silent, after(D.SAMPLERS["dpmpp"], denoise, z, grid), rtol=0, atol=0)
 
 
 def test_update_is_the_textbook_ddpm_posterior():
@@ -2892,7 +2864,7 @@ def test_an_edited_global_is_the_default_and_no_check_objects(
         (sample, "method=guidance guidance_weight=2.0", "task=interpolate"),
         (sample, "sampler=ddim eta=0.5 spacing=rho edit_logsnr=1.0", "task=edit"),
         (sample, "sampler=pc snr=0.1 corrections=2 members=2", "task=inpaint"),
-        (sample, "task=forecast known=1 noise_until=0.5", "sampler=dpmpp"),
+        (sample, "task=forecast known=1 spacing=rho", "sampler=dpmpp"),
         (train, "schedule=cosine shift=0.5 min_frames=2", "schedule=spectrum"),
     ],
 )
@@ -3083,7 +3055,7 @@ def test_nothing_is_compiled_again(workplace, tmp_path, monkeypatch):
 def test_a_held_out_loss_that_is_not_finite_ends_a_run(workplace, tmp_path, monkeypatch):
     losses = iter([(1.0, {}, None), (math.inf, {"0..2": math.nan}, None)])
     monkeypatch.setattr(train, "evaluate", lambda run: next(losses))
-    with pytest.raises(RuntimeError, match="held-out loss not finite at step 4, nothing is saved"):
+    with pytest.raises(RuntimeError, match="held-out loss not finite at step 4, which is not saved"):
         learn(tmp_path, "max_iters=6 eval_interval=2")
     assert checkpoint_of(tmp_path)["step"] == 2
 
@@ -3590,7 +3562,7 @@ sample out_dir=hollow: it has no layout, codec
 sample out_dir=alien: does not fit this program
 sample out_dir=shrunk task=forecast: no longer holds the 60 frames
 sample task=paint: not one of generate
-sample noise_until=1 sampler=ddim: belongs to --sampler=auto or dpmpp_sde
+sample churn=1 sampler=ddim: belongs to --sampler=heun, not ddim
 sample task=encode sampler=ancestral: deterministic
 sample task=morph sampler=ode num_samples=1: at least 2
 sample out_dir=ok input=walk.npy: belongs to another --task

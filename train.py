@@ -558,19 +558,16 @@ def make_batches(run):
 # loss and evaluation
 
 
-def loss_of(denoiser, batch, model, averaging=False):
+def loss_of(denoiser, batch, model):
     """Weighted loss (B,) and squared v-error (B,) of one batch, by the model's denoiser or its wrapper."""
     s = model.settings
     if s.network == "vae":
         return autoencoder_loss(denoiser, batch)
     weighting = {"score": "eps"}.get(s.param, s.param) if s.weighting == "auto" else s.weighting
     log_p = model.levels.log_density(batch.logsnr) if weighting in ("elbo", "sigmoid") else None
-    x, eps = batch.x, batch.eps
-    z = diffusion.diffuse(x, batch.logsnr, eps)
-    if averaging and batch.mask is None and batch.cond is None:  # clips that differ in nothing but x
-        x, eps = diffusion.average_targets(x, eps, batch.logsnr)
+    z = diffusion.diffuse(batch.x, batch.logsnr, batch.eps)
     F = denoiser(z, diffusion.like(batch.logsnr, z), batch.cond)
-    return diffusion.training_loss(F, x, eps, batch.logsnr, s.param, weighting, log_p, batch.mask)
+    return diffusion.training_loss(F, batch.x, batch.eps, batch.logsnr, s.param, weighting, log_p, batch.mask)
 
 
 def autoencoder_loss(denoiser, batch):
@@ -776,7 +773,7 @@ def train_step(run, denoiser, batches, results):
         last = i == micro_batches - 1  # gradients are averaged over ranks once a step
         with nullcontext() if last or run.world == 1 else denoiser.no_sync():
             batch = next(batches).to(run.device)
-            loss, v_error = loss_of(denoiser, batch, run.model, averaging=True)
+            loss, v_error = loss_of(denoiser, batch, run.model)
             (loss.mean() / micro_batches).backward()
         results.append((loss.detach(), v_error.detach(), batch.logsnr))
     norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)

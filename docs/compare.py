@@ -57,12 +57,10 @@ RECIPES = {
             edits=(("model.py", "law.scaled(added, law.envelope(logsnr))", "added"),),
         ),
         "no layer of single cells": Recipe(edits=NO_CELLS),
-        "no averaged targets": Recipe(edits=(("train.py", "model, averaging=True)", "model)"),)),
         "no averaged weights": Recipe("--ema_decay=0"),
         "no transform": Recipe("--transform=none"),
         "loss weighting of eps": Recipe("--weighting=eps"),
         "transformer": Recipe("--network=dit"),
-        "noise in every step": Recipe(sample="--noise_until=30"),
         "noise in no step": Recipe(sample="--sampler=dpmpp"),
     },
     "dissertation": {
