@@ -1,7 +1,7 @@
 """What missing values do: a Gaussian field of known law with gaps and with land, three seeds each.
 
-    PYTHONPATH=. python docs/missing.py --jobs=2                                    # the table of the known field
-    PYTHONPATH=. python docs/missing.py --jobs=2 --sst=ersst.nc                     # the warmest cells of a real one
+    PYTHONPATH=. python docs/missing.py --jobs=2                   # the table of the known field
+    PYTHONPATH=. python docs/missing.py --jobs=2 --sst=ersst.nc    # the warmest cells of a real one
 
 Run from the repository's root; everything goes to out-missing/. A clip of the known field is a pattern that
 stands still and `--dataset=gaussian` of 16 x 16 cells. `gaps`: a quarter is missing in boxes that move;
@@ -21,7 +21,7 @@ import data
 SIZE, SEASONS = 16, 60
 ROOT = Path("out-missing")
 ZEROS = (
-    ("diffusion.py", "range(ROUNDS - 1)", "range(0)"),
+    ("diffusion.py", "range(ROUNDS)", "range(0)"),
     ("train.py", "self.gaussian.frames(T).fill(x, generator)", "x.nan_to_num()"),
     ("model.py", "return diffusion.to_x(", "return self.valid * diffusion.to_x("),
 )
