@@ -259,7 +259,7 @@ class Gaussian:
         w = self.variances
         return -math.log(float(w.max())) - margin, -math.log(float(w[w > 0].min())) + margin
 
-    def shift(self, known, x_hat, variances, std):
+    def shift(self, known, x_hat, variances, std, tolerance=1e-10):
         """V A' (A V A' + std^2)^-1 (y - A x_hat): how far E[x | z] moves when y = A x is known to within std.
 
         V = Cov[x | z] has the variances (B or 1, C, T, H, W) in the modes; std is that of a cell, n^1/2 times
@@ -271,7 +271,7 @@ class Gaussian:
 
         missing, inverse = known.lift(known.y - known.A(x_hat)), 1 / (variances + std**2)
         u = conjugate_gradients(
-            lambda u: seen(u, variances) + std**2 * u, missing, lambda r: seen(r, inverse)
+            lambda u: seen(u, variances) + std**2 * u, missing, lambda r: seen(r, inverse), tolerance
         )
         return self.scaled(u, variances)
 
@@ -281,7 +281,7 @@ class Gaussian:
         known = Observation(x.nan_to_num(), there.to(x))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
         draw = self.mean + self.field(self.variances.sqrt() * noise)
-        draw = draw + self.shift(known, draw, self.variances[None], NEARLY)
+        draw = draw + self.shift(known, draw, self.variances[None], NEARLY, tolerance=1e-4)
         return torch.where(there, x, draw)
 
     def flow(self, t, s):
@@ -637,7 +637,7 @@ class Observation:
         return x + self.lift(self.y - self.A(x))
 
 
-def conjugate_gradients(S, b, precondition, steps=512, tolerance=1e-10):
+def conjugate_gradients(S, b, precondition, tolerance=1e-10, steps=512):
     """u with S u = b for every sample of b (B, ...); S and precondition, about its inverse, are positive.
 
     A sample is left alone once r' precondition(r), r its residual, is below tolerance times that at the

@@ -77,7 +77,8 @@ def figures(x, sea):
     """What is known of the field, in samples (N, T, H, W) over truth; cells of `sea` (H, W) alone."""
     mean, m = pattern()[sea], x[..., sea].mean((0, 1))
     a = x[..., sea].reshape(-1, sea.sum()) - m
-    C = data.gaussian_covariance(1, SIZE).numpy()[np.ix_(sea.ravel(), sea.ravel())]
+    i, j = np.nonzero(sea)
+    C = data.lag_covariance(1, SIZE)[0].numpy()[i[:, None] - i, j[:, None] - j]  # modulo 2 SIZE
     w, U = np.linalg.eigh(C)
     ratio = ((a @ U) ** 2).mean(0)[::-1] / w[::-1]
     rows = {"slope of cell means": np.polyfit(mean, m, 1)[0], "variance of a cell": (a**2).mean() / C[0, 0]}
