@@ -2959,6 +2959,11 @@ def test_learning_rate_warms_up_and_decays():
     assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1, 0.1])
 
 
+def test_a_clip_of_over_a_million_values_is_fitted(workplace, tmp_path):
+    np.save(tmp_path / "large.npy", np.random.default_rng(0).standard_normal((24, 360, 360), np.float32))
+    learn(tmp_path, f"dataset={tmp_path}/large.npy frames=8 batch_size=1 patch=36 max_iters=1")
+
+
 def test_averages_keep_their_share(workplace, tmp_path):
     three = learn(tmp_path, "max_iters=3 eval_interval=2 warmup_iters=0 learning_rate=0.01")
     two = checkpoint_of(tmp_path, "ckpt.prev.pt")
@@ -3788,7 +3793,7 @@ GROWTH = {  # H, W, frames: settings of train.py
     (32, 32, 8): "batch_size=32",
     (64, 64, 8): "batch_size=8",
     (128, 128, 8): "batch_size=2",
-    (256, 256, 8): "batch_size=1 mults=1,2,2",
+    (256, 256, 8): "batch_size=2 patch=8",
     (721, 1440, 8): "batch_size=1 patch=16",
     (32, 32, 16): "batch_size=16",
     (32, 32, 32): "batch_size=8",
@@ -3821,7 +3826,7 @@ def test_growth(tmp_path, capsys):
             name, cells = data.by((H, W, frames)), rate * H * W * frames / 1e6
             numbers = f"{rate:>9.3f}{cells:>11.3f}{usage.ru_maxrss / 1e6:>7.2f}{start:>12.1f}"
             print(f"{name:<18}{numbers}  {settings}")
-        assert start < 30 and usage.ru_maxrss < 3e6
+        assert start < 30 and usage.ru_maxrss < 5e6
     assert costs[256, 256, 8] < 1.5 * costs[32, 32, 8]
 
 

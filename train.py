@@ -80,7 +80,7 @@ latents = 4  # numbers that a patch of a frame is compressed to [>= 1, fixed, ne
 width = 64  # channels at the first level, a multiple of 16 [>= 16, fixed]
 mults = "1,2"  # channels of a level / width; every further level halves the resolution [fixed]
 blocks = 1  # residual blocks per level [>= 1, <= 64, fixed]
-patch = 4  # cells of a patch become channels at the input; 1 with --vae [>= 1, <= 64, fixed]
+patch = 4  # side of a patch in cells: 8 from 256 x 256 on, 16 from 512, 1 with --vae [>= 1, <= 64, fixed]
 time_patch = 1  # frames of a patch [>= 1, <= 64, fixed, network=dit]
 wrap_x = "auto"  # periodic longitude; auto: from the coordinates [auto | true | false, fixed]
 # diffusion
@@ -460,7 +460,7 @@ def fit(record, starts, c, dtype):
     conditions = data.Conditions.fit(record, [n for n in told_names(c) if n != "coarse"], covered)
     values = len(record.layout.names) * c.frames * math.prod(record.layout.size)
     chosen = data.thin(starts, max(20, min(5000, 40_000_000 // values)))
-    parts = np.array_split(chosen, max(1, len(chosen) * values // 1_000_000))
+    parts = np.array_split(chosen, min(len(chosen), max(1, len(chosen) * values // 1_000_000)))
     if c.vae:
         codec = open_autoencoder(c, record, [data.read_clips(record, some, c.frames) for some in parts[:20]])
 
