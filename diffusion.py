@@ -259,7 +259,7 @@ class Gaussian:
         w = self.variances
         return -math.log(float(w.max())) - margin, -math.log(float(w[w > 0].min())) + margin
 
-    def shift(self, known, x_hat, variances, std, tolerance=1e-10):
+    def shift(self, known, x_hat, variances, std, tolerance=1e-10, steps=512):
         """V A' (A V A' + std^2)^-1 (y - A x_hat): how far E[x | z] moves when y = A x is known to within std.
 
         V = Cov[x | z] has the variances (B or 1, C, T, H, W) in the modes; std is that of a cell, n^1/2 times
@@ -271,7 +271,7 @@ class Gaussian:
 
         missing, inverse = known.lift(known.y - known.A(x_hat)), 1 / (variances + std**2)
         u = conjugate_gradients(
-            lambda u: seen(u, variances) + std**2 * u, missing, lambda r: seen(r, inverse), tolerance
+            lambda u: seen(u, variances) + std**2 * u, missing, lambda r: seen(r, inverse), tolerance, steps
         )
         return self.scaled(u, variances)
 
@@ -281,7 +281,7 @@ class Gaussian:
         known = Observation(x.nan_to_num(), there.to(x))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
         draw = self.mean + self.field(self.variances.sqrt() * noise)
-        draw = draw + self.shift(known, draw, self.variances[None], NEARLY, tolerance=1e-4)
+        draw = draw + self.shift(known, draw, self.variances[None], NEARLY, tolerance=1e-3, steps=64)
         return torch.where(there, x, draw)
 
     def flow(self, t, s):
