@@ -281,6 +281,7 @@ class Gaussian:
         known = Observation(x.nan_to_num(), there.to(x))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
         draw = self.mean + self.field(self.variances.sqrt() * noise)
+        # a thousandth is enough for a draw: finer modes of the fitted law do not change
         draw = draw + self.shift(known, draw, self.variances[None], NEARLY, tolerance=1e-3, steps=64)
         return torch.where(there, x, draw)
 

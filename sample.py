@@ -238,9 +238,8 @@ def choose_starts(c, model, record, frames, count):
         before = np.cumsum([0, *holes])
         starts = starts[before[starts + frames] > before[starts]]
         require(len(starts), f"--input={c.input} has no NaN: nothing is to be filled in")
-    if (
-        c.input and len(np.unique(record.member[starts])) == len(starts) > 1
-    ):  # clips, or samples of a base model
+    alone = c.input and len(np.unique(record.member[starts])) == len(starts) > 1
+    if alone:  # clips that are records of their own, as the samples of a base model
         what = f"--input={c.input} has {len(starts)} clips"
         require(count <= len(starts), f"{what}: --num_samples is at most {len(starts)} x --members")
         chosen = np.arange(count)

@@ -612,9 +612,7 @@ def verdict(bins, alone):
     ratios = {k: v / alone[k] for k, v in bins.items() if alone[k]}
     worse = [f"{k} ({r:.2f} times)" for k, r in ratios.items() if r > 1.005]
     total = sum(bins.values()) / sum(alone.values())
-    where = "nowhere above"
-    if worse:
-        where = f"above it at log-SNR {', '.join(worse)}"
+    where = f"above it at log-SNR {', '.join(worse)}" if worse else "nowhere above it"
     return f"v-error {total:.2f} of the Gaussian law's, {where}"
 
 
