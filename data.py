@@ -543,7 +543,8 @@ def decode_times(values, attrs):
         ticks = values.astype(f"{kind}8[us]").astype(np.float64) / 3.6e9
         return np.where(np.isnat(values), np.nan, ticks), "standard" if kind == "M" else "none"
     if kind in "SUOT":
-        dates = all(re.match(r"\s*\d{4}-?\d\d", t) for t in texts(values))
+        date = r"\s*\d{4}-?\d\d(?!.*[T _:]\d\d.*[+-](?!00))"  # in no other zone than UTC
+        dates = all(re.match(date, t) for t in texts(values))
         values = np.array([float(re.sub(r"\D", "", t)[:14]) if dates else math.nan for t in texts(values)])
         units = "as %" if dates else ""
     v = values.astype(np.float64)
@@ -1206,6 +1207,8 @@ class Conditions:
                 fitted.append({"name": name, "channels": len(classes), "classes": classes})
             else:
                 mean, std = float(np.nanmean(v)), float(np.nanstd(v)) or 1.0
+                if missing := np.isnan(v).mean():
+                    record.notes.append(f"{name}: {100 * missing:.3g} % are missing, and told as its mean")
                 fitted.append({"name": name, "channels": 1, "mean": mean, "std": std})
         return cls(fitted)
 

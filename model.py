@@ -468,8 +468,9 @@ class Denoiser(nn.Module):
         F = a x_hat + b eps_hat of the Gaussian  +  envelope(logsnr) * network, mode by mode
 
     EDM's preconditioning with a mean per cell and a variance per mode: a network of zeros is the best linear
-    denoiser. Of a clip longer than those trained on the Gaussian sees the whole, the network pieces as long
-    as those, and what it adds fades from one to the next over the half they share.
+    denoiser. What a network is told may show modes that the noise still hides: then there is no envelope. Of
+    a clip longer than those trained on the Gaussian sees the whole, the network pieces as long as those, and
+    what it adds fades from one to the next over the half they share.
 
     param: what F is, a key of diffusion.PARAMS; frames: the longest clips trained on; low (C, 1, 1, 1): the
     lowest value of each variable; linear_skip False: the network alone; dtype: of autocast; valid (C, 1, H,
@@ -513,7 +514,8 @@ class Denoiser(nn.Module):
         seen = [(x_hat - law.mean) / law.spread(logsnr), above] + ([] if cond is None else [cond])
         with self.autocast(z):
             added = self.valid * self.network(eps_hat, logsnr, torch.cat(seen, 1)).float()
-        return a * x_hat + b * eps_hat, law.scaled(added, law.envelope(logsnr))
+        added = law.scaled(added, law.envelope(logsnr)) if cond is None else added
+        return a * x_hat + b * eps_hat, added
 
     def forward(self, z, logsnr, cond=None):
         """F of z (B, C, T, H, W), logsnr (B,), cond (B, K, T, H, W) or None; like z, float32."""

@@ -292,6 +292,8 @@ def pose(c, model):
         ends = np.append(np.flatnonzero(record.gaps()), len(record) - 1)  # of stretches without a gap
         index = np.maximum(start[:, None] + (t - before) // every, 0)
         index = np.minimum(index, ends[np.searchsorted(ends, start)][:, None])
+        if every > 1 and any("period" not in f for f in model.conditions.fitted):
+            print(f"told      what a frame of --input has is kept for the {every - 1} that follow it")
         told = model.conditions.values(record, index, hours, model.grid)
     if model.told_block:
         noised = torch.full((count,), c.augment_logsnr), torch.Generator().manual_seed(c.seed)

@@ -614,18 +614,24 @@ def test_what_is_observed_is_met_exactly(method, kind):
     close(known.A(x_hat), known.y, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["frames", "every second", "cells", "means"])
-def test_linear_matching_draws_from_the_exact_conditional(kind):
-    """What DPM++ draws is linear in its first noise: its mean and standard deviation are known exactly."""
-    law = field_law(4, 6)
+GIVEN = [("frames", None), ("every second", None), ("cells", None), ("means", None), ("means", 2.0)]
+
+
+@pytest.mark.parametrize("kind,logsnr", GIVEN)
+def test_linear_matching_draws_from_the_exact_conditional(kind, logsnr):
+    """What DPM++ draws is linear in its first noise: its mean and standard deviation are known exactly.
+
+    logsnr: to which the block means that a cascade is told are noised.
+    """
+    law, noise = field_law(4, 6), 0.0 if logsnr is None else math.exp(-logsnr / 2)
     known, grid = observe(draws(law, 1), kind), D.Levels("logsnr", *law.emergence(5.0)).grid(64)
     first = torch.cat([0 * law.variances[None], unit_clips(law)])
     y = torch.cat([known.y, torch.zeros(len(first) - 1, *known.y.shape[1:])])
-    denoise = METHODS["linear"](law, D.Observation(y, known.mask.expand_as(y), known.factor))
-    level = grid[:1].expand(len(first))
+    observed = D.Observation(y, known.mask.expand_as(y), known.factor)
+    denoise, level = D.linear_matching(law.denoise, observed, law, noise), grid[:1].expand(len(first))
     z = D.diffuse(denoise(torch.zeros_like(first), level), level, first)
     drawn = after(D.SAMPLERS["dpmpp"], denoise, z, grid).flatten(1)
-    (mean, C), std = conditional(law, known), drawn[1:].square().sum(0).sqrt()
+    (mean, C), std = conditional(law, known, noise), drawn[1:].square().sum(0).sqrt()
     unknown = C.diagonal() > 1e-8
     scale = C.diagonal()[unknown].mean().sqrt()
     assert (drawn[0] - mean)[unknown].square().mean().sqrt() < 0.02 * scale
@@ -1342,10 +1348,20 @@ def test_timedeltas_are_hours_unless_dates_lie_beside_them(tmp_path):
     assert r.layout.dated and r.layout.step_hours == 1
 
 
-@pytest.mark.parametrize("form", ["2020-01-0{}", "2020010{}", "2020-01-0{}_00:00:00", "2020-01-0{}T00Z"])
+FORMS = ["2020-01-0{}", "2020010{}", "2020-01-0{}_00:00:00", "2020-01-0{}T00Z", "2020-01-0{} 00:00:00+00:00"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_texts_are_dates(tmp_path, form):
     np.savez(tmp_path / "a.npz", t2m=FIELD[:3], time=np.array([form.format(day) for day in (1, 2, 3)]))
     assert dates(data.open_record(tmp_path / "a.npz"))[2] == "2020-01-03 00:00"
+
+
+@pytest.mark.parametrize("zone", ["T00:00+02:00", "T00-0500", " 00:00:00 +01:00"])
+def test_dates_of_a_zone_are_not_taken_for_those_of_another(tmp_path, zone):
+    np.savez(tmp_path / "a.npz", t2m=FIELD[:3], time=np.array([f"2020-01-0{day}{zone}" for day in (1, 2, 3)]))
+    r = data.open_record(tmp_path / "a.npz")
+    assert not r.layout.dated and "no times are found that can be read" in r.notes[0]
 
 
 @pytest.mark.parametrize("order", [np.arange(24)[::-1], SHUFFLED], ids=["descending", "shuffled"])
@@ -1770,6 +1786,12 @@ def test_static_fields_and_fields_in_time():
     v = values_of(["hill", "wind"], np.arange(6).reshape(2, 3))  # as many clips and frames as rows, columns
     close(v[1, 1, 2], torch.from_numpy((HILL - HILL.mean()) / HILL.std()).float())
     close(v[1, 2, 0], torch.from_numpy((MOVING[3] - MOVING.mean()) / MOVING.std()).float())
+
+
+def test_what_is_missing_is_told_as_the_mean_and_said():
+    record = told(nao=np.where(np.arange(48) < 12, np.nan, SERIES))
+    v = data.Conditions.fit(record, ["nao"], np.arange(48)).values(record, np.array([[0]]))
+    assert (v[0, 1] == 0).all() and record.notes == ["nao: 25 % are missing, and told as its mean"]
 
 
 def test_other_fields_of_a_file_can_be_told(tmp_path):
@@ -3412,7 +3434,7 @@ def test_guidance_exaggerates_what_is_told(own):
     folder = own(TOLD)
     kept = torch.load(folder / "ckpt.pt", weights_only=True)
     torch.manual_seed(0)
-    torch.nn.init.normal_(kept["ema"]["cell.out.weight"])  # a network that says something
+    torch.nn.init.normal_(kept["ema"]["cell.out.weight"], std=0.05)  # a network that says something
     torch.save(kept, folder / "ckpt.pt")
     plain, more, nothing = (drawn(folder, guidance_scale=s, steps=1).x for s in (1, 3, 0))
     np.testing.assert_allclose(more - nothing, 3 * (plain - nothing), rtol=1e-2, atol=1e-3)
@@ -3458,6 +3480,14 @@ def test_every_second_frame_of_a_base_model_is_filled_in(own, trained, workplace
     np.testing.assert_allclose(x[:, :, ::2], given, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_told_between_the_frames_of_a_base_model_is_said(trained, workplace, capsys):
+    every_second = {k: v if k == "hill" else v[::2] for k, v in np.load("told.npz").items()}
+    np.savez(workplace / "second.npz", **every_second)
+    told = posed(trained(TOLD), "task=interpolate length=7 input=second.npz").told
+    assert (told[:, 2, :6:2] == told[:, 2, 1:6:2]).all() and told[:, 2].unique().numel() > 1
+    assert "kept for the 1 that follow it" in capsys.readouterr().out
+
+
 def test_fields_that_are_told_may_come_alone(trained, workplace):
     told = dict(np.load(workplace / "told.npz"))
     np.savez(workplace / "wind.npz", wind=told["walk"] * 2 + 3, walk=told["walk"], time=told["time"])
@@ -3468,6 +3498,15 @@ def test_fields_that_are_told_may_come_alone(trained, workplace):
     expected = held / model_of(folder).conditions.fitted[0]["std"]
     np.testing.assert_allclose(problem.told[0, 1], expected, rtol=1e-4, atol=1e-4)
     assert drawn(folder, "input=alone.npz num_samples=2").x.shape == (2, 1, 4, 8, 8)
+
+
+def test_a_field_that_equals_the_target_is_learnt(workplace, tmp_path):
+    told = dict(np.load("told.npz"))
+    np.savez("echo.npz", walk=told["walk"], echo=told["walk"], time=told["time"])
+    settings = "dataset=echo.npz variables=walk condition=echo condition_dropout=0 batch_size=16 eval_iters=8"
+    learn(tmp_path, settings + " patch=1 learning_rate=0.01 max_iters=300 eval_interval=300 log_interval=300")
+    hidden = {k: v for k, v in log_of(tmp_path)[-1]["val_bins"].items() if int(k.split("..")[1] or 99) <= 2}
+    assert len(hidden) == 5 and max(hidden.values()) < 0.1  # 0.5 to 1 of the Gaussian law alone
 
 
 def test_a_model_of_latents_learns_resumes_and_draws(own, trained, tmp_path, capsys):
@@ -3486,6 +3525,14 @@ def test_a_model_of_latents_learns_resumes_and_draws(own, trained, tmp_path, cap
             drawn(tmp_path / "latent", settings)
     with pytest.raises(data.InputError, match="holds an autoencoder"):
         drawn(vae)
+
+
+def test_held_out_clips_of_a_large_grid_are_fewer(trained, monkeypatch):
+    model = model_of(trained("dataset=gaussian size=8" + STILL))
+    monkeypatch.setattr(data, "read_clips", lambda record, starts, frames: starts)
+    assert len(sample.held_out_clips(model, 4)) == 40
+    model.layout.size = (2**12, 2**11)  # 2^25 values a clip, of which eight are not enough
+    assert len(sample.held_out_clips(model, 4)) == 20
 
 
 def test_files_of_every_variable_are_named(own, capsys):
@@ -3555,6 +3602,8 @@ train network=vae vae=ok: exclude each other
 train network=vae condition=hour: is told nothing
 train dataset=walk.npy frames=4 network=vae latents=99: more than the 16 numbers of a patch
 train latents=3: belongs to --network=vae
+train network=vae param=eps: --param belongs to --network=unet or dit, not vae
+train vae=ok transform=log: --transform is that of --vae=ok
 train dataset=walk.npy frames=4 coarsen=3 condition=coarse: does not divide
 train dataset=walk.npy frames=4 vae=nowhere: or set --vae
 train dataset=walk.npy frames=4 vae=ok: not trained with --network=vae
@@ -3627,7 +3676,7 @@ def test_a_full_disk_loses_nothing(own):
     assert len(drawn(folder).x) == 4
 
 
-TRIALS = int(os.environ.get("TRIALS", 6))
+TRIALS = int(os.environ.get("TRIALS", 20))
 
 
 def until_done(run, again, unfinished, seconds, number):
@@ -3655,6 +3704,22 @@ def test_killed_at_any_moment_and_resumed_is_identical(workplace, tmp_path):
         draw_it = (drawn, whole, draws), (drawn, whole, draws), bool
         until_done(*draw_it, rng.uniform(0, 0.5), signal.SIGKILL)
         assert (results(whole).x == expected).all() and not list(whole.glob("samples/parts-*"))
+
+
+@slow
+@pytest.mark.parametrize(
+    "task,settings", [(learn, "init_from=scratch max_iters=9"), (drawn, "num_samples=60")]
+)
+def test_of_two_that_start_at_once_one_goes_on(task, settings, own):
+    """SLOW=1: the other is refused, and what is left is what one of them alone leaves."""
+    folder, left = own(), None
+    for trial in range(TRIALS + 1):
+        children = [started(task, folder, settings) for _ in range(2 if trial else 1)]
+        codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        assert codes == ([0, 2] if trial else [0]) and not list(folder.glob("samples/parts-*"))
+        now = state_of(folder)[1] if task is learn else results(folder).x.tobytes()
+        left = left or now
+        assert now == left
 
 
 def launch(ranks, script, settings, folder):

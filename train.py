@@ -84,13 +84,13 @@ patch = 4  # side of a patch in cells: 8 from 256 x 256 on, 16 from 512, 1 with 
 time_patch = 1  # frames of a patch [>= 1, <= 64, fixed, network=dit]
 wrap_x = "auto"  # periodic longitude; auto: from the coordinates [auto | true | false, fixed]
 # diffusion
-param = "v"  # what the network predicts: v, eps, x or score [fixed]
-linear_skip = True  # the network adds to the exact answer of the data's Gaussian law [fixed]
-schedule = "spectrum"  # log-SNRs: spectrum (where modes emerge) or of diffusion.SCHEDULES [fixed]
+param = "v"  # what the network predicts: v, eps, x or score [fixed, network=unet dit]
+linear_skip = True  # the network adds to the exact answer of the Gaussian law [fixed, network=unet dit]
+schedule = "spectrum"  # spectrum (where modes emerge) or of diffusion.SCHEDULES [fixed, network=unet dit]
 logsnr_min = -30.0  # truncation of the schedule: pure noise [>= -60, fixed]
 logsnr_max = 30.0  # truncation of the schedule: data [<= 60, fixed]
 shift = 1.0  # adds 2 log(shift) to the log-SNR [> 0, fixed, schedule=cosine linear flow normal]
-weighting = "auto"  # of the loss: auto (that of param) or of diffusion.WEIGHTINGS
+weighting = "auto"  # of the loss: auto (that of param) or of diffusion.WEIGHTINGS [network=unet dit]
 # optimisation
 batch_size = 32  # clips per micro-batch [>= 1]
 gradient_accumulation_steps = 1  # micro-batches per step, shared by the ranks of torchrun [>= 1]
@@ -215,6 +215,7 @@ def check(c):
         c.network != "vae" or not c.vae, "--network=vae and --vae exclude each other: one is trained first"
     )
     require(c.network != "vae" or not c.condition, "--network=vae is told nothing: leave --condition out")
+    require(not c.vae or c.transform == "auto", f"--transform is that of --vae={c.vae}: leave it out")
     require(c.min_frames <= c.frames, f"--min_frames={c.min_frames} is more than --frames={c.frames}")
 
 

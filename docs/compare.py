@@ -2,6 +2,7 @@
 
     python docs/compare.py mechanisms --train=--size=16 --minutes=4 --jobs=2    # what each part does
     python docs/compare.py dissertation                                         # the dissertation's recipes
+    python docs/compare.py told --train=--size=16                               # rain, given coarse weather
     python docs/compare.py samplers                                             # one network, many samplers
     python docs/compare.py networks --minutes=15                                # U-Net and transformer
 
@@ -68,6 +69,12 @@ RECIPES = {
         "transform none": Recipe(f"--transform=none {DISSERTATION}", MANY),
         "transform sqrt": Recipe(f"--transform=sqrt {DISSERTATION}", MANY),
         "transform learnt": Recipe(f"--transform=learnt {DISSERTATION}", MANY),
+    },
+    "told": {
+        "as it is": Recipe("--condition=weather"),
+        "with the envelope": Recipe(
+            "--condition=weather", edits=(("model.py", " if cond is None else added", ""),)
+        ),
     },
     "networks": {"U-Net": Recipe(), "transformer": Recipe("--network=dit")},
     "samplers": {
