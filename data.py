@@ -11,6 +11,7 @@ import os
 import re
 import time
 import warnings
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -205,9 +206,16 @@ class Weather:
         return self.means.frames(i, i + 1)[0, 0].repeat(8, 0).repeat(8, 1)
 
 
+def builtin_path(kind, size, seed=0, folder="data"):
+    """Where the built-in data are kept; whoever edits the constants above gets a file of their own."""
+    constants = CELL_KM, ELL_KM, WIND_KM_H, MEAN_SHARE, MEAN_HOURS, MEMORY_HOURS, SEASONS, SEASON_HOURS
+    constants += (THRESHOLD, POWER, RATE, SEASONAL) if kind == "climate" else ()
+    return Path(folder) / f"{kind}_{size}_seed{seed}_{zlib.crc32(repr(constants).encode()):08x}.npy"
+
+
 def builtin(kind, size, seed, folder="data"):
     """The Record of `climate` (rain, mm/h) or `gaussian` (its latent field), made once and memory-mapped."""
-    path = Path(folder) / f"{kind}_{size}_seed{seed}.npy"
+    path = builtin_path(kind, size, seed, folder)
     if not path.exists():
         generate(path, kind, size, seed)
     array = np.load(path, mmap_mode="r").reshape(-1, size, size)
@@ -1101,7 +1109,7 @@ def runs(record, frames):
 def split_windows(record, frames, length=None):
     """Starts of all clips of consecutive frames, (train, test): every fifth block is test data, no clip is in
     both. frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if
-    another. Raises InputError where either part has none."""
+    another, of which only test ones must exist. Raises InputError where there are none."""
     N, length = len(record), length or frames
     if N < 2 * frames:
         raise InputError(f"the dataset has {N} frames; clips of --frames={frames} need at least {2 * frames}")
@@ -1113,9 +1121,11 @@ def split_windows(record, frames, length=None):
     before = np.concatenate([[0], np.cumsum(held_out)])  # held-out frames before each
     inside = before[starts + length] - before[starts]
     train, test = starts[inside == 0], starts[inside == length]
-    if not len(train) or not len(test):
-        part = "training" if not len(train) else "test"
-        why = f"{int(record.gaps().sum())} gaps in time and blocks of {block} frames: take fewer --frames"
+    if not len(test) or (not len(train) and length == frames):
+        part, mend = "test" if len(train) else "training", "take fewer --frames"
+        if length != frames:
+            part, mend = "held-out", "take a shorter --length"
+        why = f"{int(record.gaps().sum())} gaps in time and blocks of {block} frames: {mend}"
         raise InputError(f"the {part} data have no {length} consecutive frames, with {why}")
     return train, test
 
@@ -1268,7 +1278,7 @@ def normal_quantile(p):
     return torch.special.ndtri(torch.as_tensor(p, dtype=torch.float64)).numpy()
 
 
-FORMULAS = {  # odd functions of x and a typical |x|, and their inverses
+FORMULAS = {  # (y of x, x of y), odd; s is the median of |x| > 0
     "none": (lambda x, s: x, lambda y, s: y),
     "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
     "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3),
@@ -1468,16 +1478,13 @@ class Codec:
 
     @classmethod
     def fit(cls, record, starts, frames, names):
-        """Fitted on the training clips alone. names: one of TRANSFORMS for all variables or one each,
+        """Fitted on the training clips alone. names: of TRANSFORMS, one for all variables or one each,
         comma-separated; 'auto' is cbrt for a variable with floor 0, else none. Raises InputError."""
         layout, names = record.layout, [n.strip() for n in names.split(",")]
         names = names * len(layout.names) if len(names) == 1 else names
         if len(names) != len(layout.names):
             each = f"{len(layout.names)} variables ({', '.join(layout.names)})"
             raise InputError(f"--transform names {len(names)} transforms for {each}: give one, or one each")
-        wrong = next((n for n in names if n not in ("auto", *TRANSFORMS)), None)
-        if wrong is not None:
-            raise InputError(f"transform '{wrong}' is not one of auto, {', '.join(TRANSFORMS)}")
         sample = sample_values(record, covered_frames(starts, frames))
         variables = [Variable.fit(*of) for of in zip(layout.names, layout.attrs, names, sample)]
         valid, complete = valid_cells(record, starts, frames)
@@ -1544,7 +1551,7 @@ def describe(record, codec, train_starts, test_starts, frames):
         f"split     {split}; a clip is {frames} consecutive frames",
     ]
     told = [*["hour", "day"] * layout.dated, *record.extras]
-    lines += [f"told      nothing but by --condition, of {', '.join(told)}"] * bool(told)
+    lines += [f"told      what --condition names, of {', '.join(told)}"] * bool(told)
     return "\n".join(lines)
 
 

@@ -603,6 +603,7 @@ SAMPLERS = {
     "pc": partial(langevin, predictor=multistep),
     "langevin": partial(langevin, num_corrections=10),
 }
+DETERMINISTIC = ("dpmpp", "modes", "heun", "ode")  # without churn; ddim with eta 0, too
 
 
 def interpolate(a, b, weight):

@@ -25,7 +25,7 @@ class Config:
     cond_channels: int = 0  # further input channels, not denoised
     width: int = 64  # channels at the first level; a multiple of 16
     mults: tuple = (1, 2)  # channel multiple per level; each level halves the resolution
-    blocks: int = 2  # residual blocks per level, on the way down and on the way up
+    blocks: int = 1  # residual blocks per level on the way down; one more on the way up
     patch: int = 2  # pixel-unshuffle at the input: few channels at high resolution are memory-bound
     time_patch: int = 1  # frames of a token of the transformer
     heads: int = 4  # attention heads

@@ -47,16 +47,16 @@ out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one [>= 1]
 batch_size = 32  # clips at a time; does not change the result [>= 1]
 steps = 64  # sampler steps [>= 1, <= 1000000]
-sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given
-spacing = "auto"  # steps even in log-SNR where modes emerge, in training time, EDM's [auto | time | rho]
+sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given, ode of latents
+spacing = "auto"  # of steps: even in log-SNR where modes emerge; in training time; EDM's [auto | time | rho]
 eta = 0.0  # 0 deterministic, 1 ancestral [>= 0, <= 1, sampler=ddim]
-variance = 0.0  # 0 lower, 1 upper bound, between them interpolated [>= 0, <= 1, sampler=ancestral]
+variance = 0.0  # of a step: 0 lower, 1 upper bound, between them interpolated [>= 0, <= 1, sampler=ancestral]
 churn = 0.0  # relative noise added before a step [>= 0, sampler=heun]
 corrections = 0  # Langevin steps per level; 0: 1 of pc, 10 of langevin [>= 0, <= 1000, sampler=pc langevin]
 snr = 0.16  # signal-to-noise ratio of a Langevin step [> 0, sampler=pc langevin]
 clip = "auto"  # clamp x_hat to the range of the training data; auto: for eps and score [auto | true | false]
 # what is asked: the task says which part y = A x of the field is known
-task = "generate"  # a row of TASKS
+task = "generate"  # forecast, hindcast, interpolate, inpaint, superres, extend, edit, encode, morph
 input = ""  # file with what is given, of generate with what the model is told; empty: held-out clips
 select = ""  # part of --input, as of train.py's --dataset
 known = 2  # frames that are known, or handed from window to window [>= 1]
@@ -116,7 +116,7 @@ def check(c):
     train.one_of(c, "task", TASKS)
     train.one_of(c, "sampler", ("auto", *diffusion.SAMPLERS))
     latent, count = c.task in ("encode", "morph"), f"--num_samples={c.num_samples}"
-    smooth = c.sampler in ("ode", "heun", "dpmpp", "modes") or (c.sampler == "ddim" and c.eta == 0)
+    smooth = c.sampler in ("auto", *diffusion.DETERMINISTIC) or (c.sampler == "ddim" and c.eta == 0)
     ordered = not latent or (smooth and c.churn == 0)
     require(ordered, f"--task={c.task} needs a deterministic sampler: --sampler=ode")
     require(not latent or c.steps != 1, f"--task={c.task} needs at least 2 --steps")
@@ -275,7 +275,7 @@ def pose(c, model):
     start, before, record, told = np.zeros(count, int), 0, None, None  # before: frames ahead of those read
     every = 1  # frames from one that is read to the next
     clips = np.full((1, len(layout.names), length, *layout.size), np.nan, np.float32)
-    reads = task.reads or c.task == "extend" and bool(c.input) or model.told_block > 0
+    reads = task.reads or (c.task == "extend" and bool(c.input)) or model.told_block > 0
     if reads or model.conditions.channels:
         record = open_input(c, model)
         wanted = min(window, model.settings.frames) if c.task == "extend" else length
@@ -356,9 +356,16 @@ def make_denoiser(c, model, known, told):
     return diffusion.imputation(plain, known)
 
 
+def sampler_of(c, known):
+    """The name of the sampler; known: whether a part of the clips is."""
+    if c.sampler != "auto":
+        return c.sampler
+    return "ode" if c.task in ("encode", "morph") else "dpmpp" if known else "dpmpp_sde"
+
+
 def make_step(c, law, known=False):
-    """The sampler's step with its options; auto is dpmpp where a part is given, else dpmpp_sde."""
-    name = ("dpmpp" if known else "dpmpp_sde") if c.sampler == "auto" else c.sampler
+    """The sampler's step with its options."""
+    name = sampler_of(c, known)
     langevin = {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {})
     options = {
         "ancestral": {"variance": c.variance},
@@ -401,8 +408,9 @@ def generators(seed, indices):
 def encode(denoise, x, grid):
     """Latents of fields x (B, ...): the probability-flow ODE run from data to noise through the grid."""
     z = diffusion.diffuse(x, grid[-2:-1], torch.zeros_like(x))
-    *_, (latent, _) = diffusion.sample(denoise, z, grid[:-1].flip(0), diffusion.ode)
-    return latent
+    for z, _ in diffusion.sample(denoise, z, grid[:-1].flip(0), diffusion.ode):
+        pass
+    return z
 
 
 class Sampler:
@@ -425,7 +433,7 @@ class Sampler:
         if start == "morph":
             last = self.c.num_samples - 1
             return torch.stack([diffusion.interpolate(*self.ends, i / last) for i in indices])
-        if start == "noise":
+        if start == "noise":  # at a finite level z has the mean of what is known, not 0
             x = denoise(torch.zeros_like(like), level)
         else:
             x = self.x[rows][:, :, window].to(like)
@@ -488,7 +496,7 @@ class Sampler:
 
 
 def fingerprint(c, digest):
-    """Names a set of samples by what they depend on: not the batch size or the machine."""
+    """Names a set of samples by what they depend on, the code too: not the batch size or the machine."""
     free = {"out_dir", "batch_size", "device", "compile", "checkpoint_activations", "verify", "dry"}
     free |= {"num_samples"} if c.task == "generate" and not c.input else set()
     source = Path(c.input)
@@ -498,8 +506,10 @@ def fingerprint(c, digest):
     files = [f for f in files if f.is_file() and not f.parent.name.startswith("parts-")]
     stamp = sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
     settings = {k: v for k, v in vars(c).items() if k not in free}
+    scripts = __file__, *(sys.modules[name].__file__ for name in ("data", "diffusion", "model"))
+    code = b"".join(Path(script).read_bytes() for script in scripts)
     text = json.dumps([digest, settings, stamp], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(code + text.encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -694,7 +704,7 @@ def unit_and_scale(unit, value, std, floor):
 
 
 def compare_rows(draws, table, exact, floor=None, weights=None):
-    """(rows, {curve: its values and band}, differences by row) of a table of statistics.
+    """(rows, {curve: its values and band}, {row: differences}) of a table of statistics.
 
     draws: [statistics of samples, of held-out clips], of all, then of every resample; the reference is what
     the exact law says, else the held-out clips.
@@ -728,7 +738,7 @@ def compare_rows(draws, table, exact, floor=None, weights=None):
         if draw:  # where 95 % of perfect sample sets lie
             low_high = np.quantile(draw, (0.025, 0.975), axis=0)
             curves[k]["band"] = reference[k] + low_high - (s[k] - reference[k])
-    return rows, curves, found
+    return rows, curves, dict(zip((row[0] for row in table), found))
 
 
 def values_to_count(samples, truth):
@@ -766,7 +776,7 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
     curves["quantiles"]["levels"], curves["returns"]["clips"] = LEVELS, RETURNS
     curves["spatial_power"]["frequency"] = spatial_spectrum(np.zeros((1, 1, H, W)))[0]
     curves["temporal_power"]["frequency"] = temporal_spectrum(np.zeros((1, T, 1, 1)))[0]
-    bias = np.vectorize("{:.4g}".format)(differences[-1]).astype(float)
+    bias = np.vectorize("{:.4g}".format)(differences[BIAS]).astype(float)
     out = {"samples": len(samples), "held_out_clips": len(truth), "note": note, "rows": rows}
     return plain(out | {"curves": curves, "bias_map": bias})
 
@@ -1320,9 +1330,8 @@ def load_model(c):
     require(cells or not c.exact, "--exact=true knows the law of cells, not of the means of --coarsen")
     require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
     is_told = model.conditions.channels or model.told_block
-    require(
-        is_told or c.guidance_scale == 1, "--guidance_scale needs a checkpoint of train.py with --condition"
-    )
+    what = "--guidance_scale needs a checkpoint of train.py with --condition"
+    require(is_told or c.guidance_scale == 1, what)
     emulates = model.conditions.channels and not model.told_block
     what = "--input belongs to another --task than generate, or to a model that is told fields (--condition)"
     what = "refine --input with --task=superres" if model.told_block else what
@@ -1391,7 +1400,8 @@ def main(argv=None):
     require(not whole or len(problem.windows) == 1, f"{what}: {advice}")
     folder = Path(c.out_dir) / "samples"
     command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
-    history = f"{command}: sampler {c.sampler}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
+    name = sampler_of(c, bool(problem.mask.any()) and problem.imposed)
+    history = f"{command}: sampler {name}, {c.steps} steps, {c.out_dir}/ckpt.pt at step {step}"
     history += f", trained with --select={model.settings.select}" * bool(model.settings.select)
     with train.locked(folder) if rank == 0 else nullcontext():
         x, parts = draw_all(c, Sampler(c, model, problem, grid, law), folder, digest, rank, world)

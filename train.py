@@ -78,7 +78,7 @@ network = "unet"  # unet; dit, a transformer; vae, the autoencoder of a latent m
 vae = ""  # out_dir of a run with --network=vae in whose latents to train; empty: in the fields [fixed]
 latents = 4  # numbers that a patch of a frame is compressed to [>= 1, fixed, network=vae]
 width = 64  # channels at the first level, a multiple of 16 [>= 16, fixed]
-mults = "1,2"  # channels of a level / width; every further level halves the resolution [fixed]
+mults = "1,2"  # channels of a level over width; every further level halves the grid [fixed, network=unet dit]
 blocks = 1  # residual blocks per level [>= 1, <= 64, fixed]
 patch = 4  # side of a patch in cells: 8 from 256 x 256 on, 16 from 512, 1 with --vae [>= 1, <= 64, fixed]
 time_patch = 1  # frames of a patch [>= 1, <= 64, fixed, network=dit]
@@ -170,7 +170,10 @@ def configure(script, argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for name, default, comment, _ in settings:
         kind = boolean if isinstance(default, bool) else type(default)
-        about = {"help": f"{comment}, default {default!r}".replace("%", "%%"), "metavar": kind.__name__}
+        names = re.sub(
+            r"of (data|diffusion)\.(\w+)", lambda m: ", ".join(getattr(globals()[m[1]], m[2])), comment
+        )
+        about = {"help": f"{names}, default {default!r}".replace("%", "%%"), "metavar": kind.__name__}
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, **about)
     given = vars(parser.parse_args(argv))
     c = SimpleNamespace(**{name: default for name, default, _, _ in settings} | given)
@@ -204,6 +207,10 @@ def check(c):
     one_of(c, "param", diffusion.PARAMS)
     one_of(c, "schedule", ("spectrum", *diffusion.SCHEDULES))
     one_of(c, "weighting", ("auto", *diffusion.WEIGHTINGS))
+    known = ("auto", *data.TRANSFORMS)
+    for name in c.transform.split(","):
+        require(name.strip() in known, f"--transform={name} is not one of {', '.join(known)}")
+    require(not c.describe or c.init_from == "new", "--describe is of --dataset: leave --init_from out")
     require(c.width % 16 == 0, f"--width={c.width} must be a multiple of 16")
     whole = re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", c.mults)
     require(whole, f"--mults={c.mults} must be whole numbers like 1,2,4")
@@ -211,9 +218,8 @@ def check(c):
     coarse = "coarse" in told_names(c)
     require(not coarse or c.coarsen > 1, "--condition=coarse needs the size of blocks, --coarsen=4")
     require(not coarse or not c.vae, "--condition=coarse and --vae exclude each other")
-    require(
-        c.network != "vae" or not c.vae, "--network=vae and --vae exclude each other: one is trained first"
-    )
+    wrong = "--network=vae and --vae exclude each other: one is trained first"
+    require(c.network != "vae" or not c.vae, wrong)
     require(c.network != "vae" or not c.condition, "--network=vae is told nothing: leave --condition out")
     require(not c.vae or c.transform == "auto", f"--transform is that of --vae={c.vae}: leave it out")
     require(c.min_frames <= c.frames, f"--min_frames={c.min_frames} is more than --frames={c.frames}")
@@ -226,15 +232,15 @@ def memory_size():
 
 def check_room(c):
     """Refuse what is far too large here, roughly: built-in data, 20 bytes a weight, activations."""
-    builtin, made = c.dataset in ("climate", "gaussian"), Path(f"data/{c.dataset}_{c.size}_seed0.npy")
+    builtin, made = c.dataset in ("climate", "gaussian"), data.builtin_path(c.dataset, c.size)
     free, size = shutil.disk_usage(".").free, 2 * data.SEASONS * data.SEASON_HOURS * c.size**2
     fits = size < free or not builtin or made.exists()
     require(fits, f"the data of --size={c.size} take {size / 1e9:.0f} GB, and {free / 1e9:.0f} are free")
     weights = 27 * (2 * c.blocks + 3) * sum((c.width * int(m)) ** 2 for m in c.mults.split(","))
     patches = c.batch_size * c.frames * (c.size / c.patch if builtin else 1) ** 2
     needed = 20 * weights + 100 * patches * c.width * c.blocks * (not c.checkpoint_activations)
-    memory = memory_size()
-    memory = max(memory, *torch.cuda.mem_get_info()) if torch.cuda.is_available() else memory
+    cuda = torch.cuda.is_available() and c.device != "cpu"
+    memory = torch.cuda.mem_get_info()[1] if cuda else memory_size()
     text = f"--width={c.width} and --batch_size={c.batch_size} need about {needed / 1e9:.0f} GB of memory"
     require(needed < memory, f"{text}, and there are {memory / 1e9:.0f}")
 
@@ -427,14 +433,14 @@ def open_data(c):
     """The record that the settings name, of block means if they say so."""
     record = data.open_record(c.dataset, c.variables, c.size, select=c.select)
     means = record.coarsened(c.coarsen) if c.coarsen > 1 else record  # refuses a grid that n does not divide
-    if "weather" in told_names(c) and isinstance(record.extras.get("weather"), data.Weather):
-        record.extras["weather"].means  # makes its data now, by one rank
+    if "weather" in told_names(c) and isinstance(means.extras.get("weather"), data.Weather):
+        means.extras["weather"].means  # makes its data now, by one rank
     return record if "coarse" in told_names(c) else means
 
 
 def open_autoencoder(c, record, clips):
     """The codec of latents: the autoencoder of --vae, its latents standardised by batches of clips."""
-    checkpoint = load_checkpoint(Path(c.vae).expanduser() / "ckpt.pt", "--vae")
+    checkpoint = load_checkpoint(Path(c.vae) / "ckpt.pt", "--vae")
     with fitting():
         vae = Model.load(checkpoint)
     require(vae.settings.network == "vae", f"--vae={c.vae} was not trained with --network=vae")
@@ -452,13 +458,16 @@ def make_denoiser(network, gaussian, codec, c, dtype):
     return Denoiser(network, gaussian, c.param, c.frames, codec.low, c.linear_skip, dtype, codec.valid)
 
 
+def fit_to_data(record, starts, c):
+    """(codec, conditions) fitted to the training clips."""
+    codec = data.Codec.fit(record, starts, c.frames, c.transform)
+    names = [n for n in told_names(c) if n != "coarse"]
+    return codec, data.Conditions.fit(record, names, data.covered_frames(starts, c.frames))
+
+
 def fit(record, starts, c, dtype):
     """An untrained model of a record: codec, conditions and Gaussian law are fitted to its training clips."""
-    codec, covered = (
-        data.Codec.fit(record, starts, c.frames, c.transform),
-        data.covered_frames(starts, c.frames),
-    )
-    conditions = data.Conditions.fit(record, [n for n in told_names(c) if n != "coarse"], covered)
+    codec, conditions = fit_to_data(record, starts, c)
     values = len(record.layout.names) * c.frames * math.prod(record.layout.size)
     chosen = data.thin(starts, max(20, min(5000, 40_000_000 // values)))
     parts = np.array_split(chosen, min(len(chosen), max(1, len(chosen) * values // 1_000_000)))
@@ -700,6 +709,7 @@ def start(c, given, rules):
         checkpoint = load_checkpoint(Path(c.out_dir) / "ckpt.pt")
         with fitting():
             inherit(c, checkpoint["settings"], given, rules)
+        check_owners(c, given, rules)
         check(c)
     steps = c.gradient_accumulation_steps
     require(steps % world == 0, f"--gradient_accumulation_steps={steps} is no multiple of the {world} ranks")
@@ -744,7 +754,7 @@ def start(c, given, rules):
 
 
 def save(run):
-    """Write a checkpoint of finite weights beside the old one, then rename: that stays as ckpt.prev.pt.
+    """Write a checkpoint of finite weights beside the old one, then rename; the old one is ckpt.prev.pt.
 
     From the first on, log.jsonl is that of this run, too.
     """
@@ -789,8 +799,10 @@ def train_step(run, denoiser, batches, results):
 
 def agreed(run, received):
     """The signal, once every rank knows: they ask each other every tenth step, since that waits."""
-    if run.world == 1 or run.step % 10:
-        return received if run.world == 1 else 0
+    if run.world == 1:
+        return received
+    if run.step % 10:
+        return 0
     flag = torch.tensor(received, device=run.device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return int(flag)
@@ -892,15 +904,15 @@ def train(run):
 
 def main(argv=None):
     c, given, rules = configure(__file__, argv)
-    check_owners(c, given, rules)
+    if c.init_from != "resume" and not c.eval_only:  # else the checkpoint says to what they belong
+        check_owners(c, given, rules)
     check(c)
     c.out_dir = str(Path(c.out_dir).expanduser())
     if c.describe:
         check_room(c)
         record = open_data(c)
         starts = data.split_windows(record, c.frames)
-        codec = data.Codec.fit(record, starts[0], c.frames, c.transform)
-        data.Conditions.fit(record, [n for n in told_names(c) if n != "coarse"], starts[0])
+        codec, _ = fit_to_data(record, starts[0], c)
         return print(*record.notes, data.describe(record, codec, *starts, c.frames), sep="\n")
     if not c.eval_only:
         check_folder(c)
