@@ -1109,7 +1109,7 @@ def runs(record, frames):
 def split_windows(record, frames, length=None):
     """Starts of all clips of consecutive frames, (train, test): every fifth block is test data, no clip is in
     both. frames: of the clips trained on, which set the size of a block; length: of the clips wanted, if
-    another, of which only test ones must exist. Raises InputError where there are none."""
+    another. Raises InputError where either part has none."""
     N, length = len(record), length or frames
     if N < 2 * frames:
         raise InputError(f"the dataset has {N} frames; clips of --frames={frames} need at least {2 * frames}")
@@ -1121,10 +1121,9 @@ def split_windows(record, frames, length=None):
     before = np.concatenate([[0], np.cumsum(held_out)])  # held-out frames before each
     inside = before[starts + length] - before[starts]
     train, test = starts[inside == 0], starts[inside == length]
-    if not len(test) or (not len(train) and length == frames):
-        part, mend = "test" if len(train) else "training", "take fewer --frames"
-        if length != frames:
-            part, mend = "held-out", "take a shorter --length"
+    if not len(train) or not len(test):
+        part = "training" if not len(train) else "test"
+        mend = "take fewer --frames" if length == frames else "take a shorter --length"
         why = f"{int(record.gaps().sum())} gaps in time and blocks of {block} frames: {mend}"
         raise InputError(f"the {part} data have no {length} consecutive frames, with {why}")
     return train, test

@@ -47,7 +47,7 @@ out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one [>= 1]
 batch_size = 32  # clips at a time; does not change the result [>= 1]
 steps = 64  # sampler steps [>= 1, <= 1000000]
-sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given, ode of latents
+sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given, ode to encode
 spacing = "auto"  # of steps: even in log-SNR where modes emerge; in training time; EDM's [auto | time | rho]
 eta = 0.0  # 0 deterministic, 1 ancestral [>= 0, <= 1, sampler=ddim]
 variance = 0.0  # of a step: 0 lower, 1 upper bound, between them interpolated [>= 0, <= 1, sampler=ancestral]
@@ -56,7 +56,7 @@ corrections = 0  # Langevin steps per level; 0: 1 of pc, 10 of langevin [>= 0, <
 snr = 0.16  # signal-to-noise ratio of a Langevin step [> 0, sampler=pc langevin]
 clip = "auto"  # clamp x_hat to the range of the training data; auto: for eps and score [auto | true | false]
 # what is asked: the task says which part y = A x of the field is known
-task = "generate"  # forecast, hindcast, interpolate, inpaint, superres, extend, edit, encode, morph
+task = "generate"  # generate, forecast, hindcast, interpolate, inpaint, superres, extend, edit, encode, morph
 input = ""  # file with what is given, of generate with what the model is told; empty: held-out clips
 select = ""  # part of --input, as of train.py's --dataset
 known = 2  # frames that are known, or handed from window to window [>= 1]

@@ -3671,7 +3671,7 @@ sample out_dir=ok sampler=sde steps=3: unstable
 sample out_dir=ok task=edit edit_logsnr=50: outside the grid
 sample out_dir=ok task=edit input=narrow.npy: narrow.npy
 sample out_dir=ok task=forecast known=4: leaves nothing of 4 frames
-sample out_dir=ok task=forecast length=99: no 99 consecutive frames
+sample out_dir=ok task=forecast length=99: take a shorter --length
 sample out_dir=ok task=superres factor=3: does not divide the grid of 8 x 8
 sample out_dir=ok task=inpaint input=walk.npy: has no NaN
 sample out_dir=ok task=forecast length=6 frames=4 obs_std=0.1: single window

@@ -34,6 +34,7 @@ class Recipe:
 
 
 ESTIMATES = ("model.py", "seen = [(x_hat - law.mean) / law.spread(logsnr), above]", "seen = [z, above]")
+HALF = "partial(multistep, order=2, eta=0.5)"
 NO_CELLS = (
     (
         "model.py",
@@ -79,6 +80,7 @@ RECIPES = {
     "networks": {"U-Net": Recipe(), "transformer": Recipe("--network=dit")},
     "samplers": {
         "dpmpp_sde 64": Recipe(),
+        "half the noise": Recipe(edits=(("diffusion.py", "partial(multistep, order=2)", HALF),)),
         "dpmpp 64": Recipe(sample="--sampler=dpmpp"),
         "dpmpp 24": Recipe(sample="--sampler=dpmpp --steps=24"),
         "dpmpp 8": Recipe(sample="--sampler=dpmpp --steps=8"),
