@@ -1471,6 +1471,8 @@ def valid_cells(record, starts, frames):
 class Codec:
     """Physical clips <-> standardised ones."""
 
+    span = 1  # frames of one that is denoised; more in the latents of model.LatentCodec
+
     variables: list
     valid: torch.Tensor  # (C, 1, H, W), 1 where a cell ever has data
     complete: bool  # whether no value is missing in training

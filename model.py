@@ -27,7 +27,7 @@ class Config:
     mults: tuple = (1, 2)  # channel multiple per level; each level halves the resolution
     blocks: int = 1  # residual blocks per level on the way down; one more on the way up
     patch: int = 2  # pixel-unshuffle at the input: few channels at high resolution are memory-bound
-    time_patch: int = 1  # frames of a token of the transformer
+    time_patch: int = 1  # frames of a token of the transformer, of a latent of the autoencoder
     heads: int = 4  # attention heads
     latents: int = 4  # of the autoencoder, for a patch of a frame
     wrap_x: bool = False  # longitude is periodic: convolutions wrap around in x
@@ -355,16 +355,17 @@ class DiT(Network):
 
 
 class VAE(nn.Module):
-    """A variational autoencoder of frames (Kingma and Welling 2014): n x n cells become K latents, n = patch.
+    """A variational autoencoder of clips (Kingma and Welling 2014): n x n cells of p frames become K latents.
 
-    Frame by frame: what is known of a clip has known latents, whatever its other frames are. blocks = 0 is
-    linear, on Gaussian data probabilistic PCA of the patches (Tipping and Bishop 1999).
+    n = patch, p = time_patch. Every p frames by themselves: where they are known their latents are, whatever
+    the others are. blocks = 0 is linear, on Gaussian data probabilistic PCA of the patches (Tipping and
+    Bishop 1999).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        cells = c.in_channels * c.patch**2
+        cells = c.in_channels * c.time_patch * c.patch**2
         self.encoder, self.decoder = self.layers(cells, 2 * c.latents), self.layers(c.latents, cells)
         self.log_variance = nn.Parameter(torch.zeros(c.in_channels))  # of the decoder, per variable
         self.to(memory_format=torch.channels_last)
@@ -379,31 +380,34 @@ class VAE(nn.Module):
             Conv(c_in, c.width, c.wrap_x), *blocks, nn.SiLU(), Conv(c.width, c_out, c.wrap_x)
         )
 
+    def patches(self, x, mode="replicate"):
+        """x (B, C, T, H, W), padded to whole patches -> (B T / p, C p n n, H / n, W / n)."""
+        p, n, (T, H, W) = self.config.time_patch, self.config.patch, x.shape[2:]
+        x = F.pad(x, (0, -W % n, 0, -H % n, 0, -T % p), mode=mode)
+        return rearrange(x, "b c (t p) (h q) (w r) -> (b t) (c p q r) h w", p=p, q=n, r=n)
+
     def encode(self, x):
-        """Mean and log variance of q(latents | x), each (B, K, T, H / n, W / n). x (B, C, T, H, W)"""
-        n, T = self.config.patch, x.shape[2]
-        h = rearrange(x, "b c t h w -> (b t) c h w")
-        h = F.pad(h, (0, -h.shape[-1] % n, 0, -h.shape[-2] % n), mode="replicate")
-        h = self.encoder(F.pixel_unshuffle(h, n)).float()
-        return rearrange(h, "(b t) k h w -> b k t h w", t=T).chunk(2, 1)
+        """Mean and log variance of q(latents | x), each (B, K, T / p, H / n, W / n). x (B, C, T, H, W)"""
+        h = self.encoder(self.patches(x)).float()
+        return rearrange(h, "(b t) k h w -> b k t h w", b=len(x)).chunk(2, 1)
 
     def decode(self, latents, size):
-        """Mean of p(x | latents), (B, C, T, *size)."""
-        T = latents.shape[2]
-        h = self.decoder(rearrange(latents, "b k t h w -> (b t) k h w"))
-        h = F.pixel_shuffle(h, self.config.patch)[..., : size[0], : size[1]].float()
-        return rearrange(h, "(b t) c h w -> b c t h w", t=T)
+        """Mean of p(x | latents), (B, C, p T, *size). latents (B, K, T, h, w)"""
+        p, n = self.config.time_patch, self.config.patch
+        h = self.decoder(rearrange(latents, "b k t h w -> (b t) k h w")).float()
+        x = rearrange(h, "(b t) (c p q r) h w -> b c (t p) (h q) (w r)", b=len(latents), p=p, q=n, r=n)
+        return x[..., : size[0], : size[1]]
 
     def forward(self, x, noise):
         """The two parts of -ELBO in nats: reconstruction, like x, and KL of every latent.
 
-        noise: standard normal, shaped like x; the first K of the C n^2 values of a patch are that of its
-        latents.
+        noise: standard normal, shaped like x; the first K values of a patch are that of its latents.
         """
-        (mean, log_var), n = self.encode(x), self.config.patch
-        noise = F.pad(noise, (0, -x.shape[-1] % n, 0, -x.shape[-2] % n, 0, 0), mode="circular")
-        noise = F.pixel_unshuffle(noise.transpose(1, 2), n)[:, :, : mean.shape[1]].transpose(1, 2)
-        error = x - self.decode(mean + (0.5 * log_var).exp() * noise, x.shape[-2:])
+        mean, log_var = self.encode(x)
+        noise = self.patches(noise, "circular")[:, : mean.shape[1]]
+        noise = rearrange(noise, "(b t) k h w -> b k t h w", b=len(x))
+        drawn = self.decode(mean + (0.5 * log_var).exp() * noise, x.shape[-2:])
+        error = x - drawn[:, :, : x.shape[2]]
         log_variance = self.log_variance.view(-1, 1, 1, 1)
         reconstruction = 0.5 * (error**2 / log_variance.exp() + log_variance + math.log(2 * math.pi))
         return reconstruction, 0.5 * (mean**2 + log_var.exp() - log_var - 1)
@@ -411,11 +415,15 @@ class VAE(nn.Module):
 
 class LatentCodec:
     """A data.Codec and then an autoencoder: physical clips <-> standardised latents. It takes a codec's
-    place: what is trained and sampled through it is a model of latents."""
+    place: what is trained and sampled through it is a model of latents.
+
+    span: frames of a latent. Clips of other than a multiple of it have no latents.
+    """
 
     def __init__(self, codec, vae, size, mean=0.0, std=1.0, low=None):
         self.codec, self.vae, self.size = codec, vae.eval().requires_grad_(False), size
         self.mean, self.std, self.low = mean, std, low  # (K, 1, 1, 1) each
+        self.span = vae.config.time_patch
         self.variables, self.valid = codec.variables, torch.ones(1, 1, 1, 1)
 
     def fit(self, batches):
@@ -428,9 +436,10 @@ class LatentCodec:
         return self
 
     def encode(self, x):
-        """Physical (B, C, T, H, W) -> latents (B, K, T, h, w), NaN in frames without any data."""
+        """Physical (B, C, T, H, W) -> latents (B, K, T / span, h, w), NaN where a frame has no data."""
         y = self.codec.encode(x)
-        seen = y.isfinite().any((1, 3, 4))[:, None, :, None, None]  # cells that are missing are at the mean
+        seen = y.isfinite().any((1, 3, 4)).unflatten(1, (-1, self.span)).all(2)
+        seen = seen[:, None, :, None, None]  # cells that are missing are at the mean
         latents = (self.vae.encode(y.nan_to_num())[0] - self.mean) / self.std
         return latents.where(seen, torch.nan)
 

@@ -137,7 +137,7 @@ class Problem:
     y, mask (R, C, L, H / factor, W / factor) standardised; truth (R, C, L, H, W) physical, NaN where unknown,
     or None; told (R, K, L, H, W) or None; hours (R, L) of the calendar; reference: the frame that lead times
     count from; windows: the clips to draw in turn (data.windows); imposed: whether the draws agree with y, of
-    which an upsampler is only told.
+    which an upsampler is only told. Of latents y, mask, told and windows have L / span frames.
     """
 
     y: torch.Tensor
@@ -159,7 +159,7 @@ class Problem:
         seen = self.observation()
         fields, mask = codec.decode(seen.lift(seen.y)), seen.lift(seen.mask)
         if mask.shape != fields.shape:  # of latents, that are known by frames
-            mask = mask.amax((1, 3, 4), keepdim=True)
+            mask = mask.amax((1, 3, 4), keepdim=True).repeat_interleave(codec.span, 2)
         return np.where(mask > 0, fields, np.nan)
 
     def unseen(self, codec):
@@ -170,13 +170,16 @@ class Problem:
         return unseen if np.isfinite(unseen).any() else None
 
 
-def lengths(c, trained):
+def lengths(c, model):
     """(frames of the result, frames drawn together), checked."""
+    trained, span = model.settings.frames, model.codec.span
     length = c.length or (8 * trained if c.task == "extend" else c.frames or trained)
     window = c.frames or min(max(trained, length), 4 * trained)
     handed = c.task in ("forecast", "hindcast", "extend")
     least = min(window, length) if handed else window if length > window else math.inf
     require(c.known < least, f"--known={c.known} leaves nothing of {least} frames to draw")
+    whole = length % span == 0 == window % span and (c.known % span == 0 or least == math.inf)
+    require(whole, f"a latent is {span} frames: --length, --frames and --known must be multiples of {span}")
     return length, window
 
 
@@ -257,6 +260,9 @@ def known_cells(c, clips, model):
     require(H % factor == 0 == W % factor, f"--factor={factor} does not divide the grid of {H} x {W}")
     y = model.codec.encode(clips)
     frames = known(np.arange(length), length, c) if known else np.zeros(length, bool)
+    frames, asked = frames.reshape(-1, model.codec.span).all(1), frames.any()
+    whole = f"--task={c.task} knows single frames; a latent of this model is {model.codec.span} of them"
+    require(frames.any() or not asked, whole)
     mask = y.isfinite().float() * torch.from_numpy(frames)[:, None, None]
     if c.task == "inpaint" and not c.input:  # for want of a hole, the middle is hidden
         mask[..., H // 4 : -(-3 * H // 4), W // 4 : -(-3 * W // 4)] = 0
@@ -270,7 +276,7 @@ def known_cells(c, clips, model):
 def pose(c, model):
     """The Problem that the settings ask for."""
     task, layout = TASKS[c.task], model.layout
-    length, window = lengths(c, model.settings.frames)
+    (length, window), span = lengths(c, model), model.codec.span
     count, t = c.num_samples // c.members, np.arange(length)
     start, before, record, told = np.zeros(count, int), 0, None, None  # before: frames ahead of those read
     every = 1  # frames from one that is read to the next
@@ -294,7 +300,7 @@ def pose(c, model):
         index = np.minimum(index, ends[np.searchsorted(ends, start)][:, None])
         if every > 1 and any("period" not in f for f in model.conditions.fitted):
             print(f"told      what a frame of --input has is kept for the {every - 1} that follow it")
-        told = model.conditions.values(record, index, hours, model.grid)
+        told = model.conditions.values(record, index[:, ::span], hours[:, ::span], model.grid)
     if model.told_block:
         noised = torch.full((count,), c.augment_logsnr), torch.Generator().manual_seed(c.seed)
         means = model.tell_coarse(clips, *noised)
@@ -310,7 +316,7 @@ def pose(c, model):
         hours=hours,
         calendar=record.layout.calendar if record else "none",
         reference={"forecast": c.known - 1, "hindcast": length - c.known}.get(c.task, 0),
-        windows=data.windows(length, window, c.known, ahead, task.reverse),
+        windows=data.windows(length // span, window // span, c.known // span, ahead, task.reverse),
         imposed=not model.told_block or c.task != "superres",
     )
 
@@ -1180,7 +1186,8 @@ def ensemble_picture(path, scores, curves, variable, layout):
 
 def picture_rows(x, problem, codec, members, channel, count=6):
     """(label, fields (T, H, W), known (T,)) of what the pictures show: what is given, truth, draws."""
-    known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)  # (R, T)
+    known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)
+    known = known.repeat(codec.span, 1)  # (R, T)
     if not problem.mask.any():
         return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(count, len(x)))]
     given, unseen, rows = problem.given(codec), problem.unseen(codec), []
@@ -1245,7 +1252,9 @@ def in_pieces(x, n):
 
 def correlation_at_joins(y, windows):
     """Correlation with the frame before, {where: number}, of sequences y (N, L, H, W) drawn in windows."""
-    drawn_by = np.argmax([np.isin(np.arange(y.shape[1]), w[keep]) for w, keep in windows], 0)
+    numbers = np.arange(1 + max(w.max() for w, _ in windows))  # of frames, or of latents of several
+    drawn_by = np.argmax([np.isin(numbers, w[keep]) for w, keep in windows], 0)
+    drawn_by = drawn_by.repeat(y.shape[1] // len(numbers))
     joins, out = np.diff(drawn_by) != 0, {}
     for where, at in (("inside windows", ~joins), ("across joins", joins)):
         before, after = y[:, :-1][:, at], y[:, 1:][:, at]
@@ -1387,7 +1396,7 @@ def main(argv=None):
     require(c.input or "select" not in given, "--select belongs to --input")
     what = "--augment_logsnr belongs to an upsampler (train.py --condition=coarse)"
     require(model.told_block or "augment_logsnr" not in given, what)
-    check_room(c, model, lengths(c, model.settings.frames)[0])
+    check_room(c, model, lengths(c, model)[0])
     problem, grid = pose(c, model), make_grid(c, model.levels, emerging)
     compared = c.verify and TASKS[c.task].start in ("noise", "edit")
     if compared:
@@ -1396,7 +1405,7 @@ def main(argv=None):
         problem.y = problem.mask = torch.zeros(()).expand(c.num_samples, *law.variances.shape)
     whole = problem.factor > 1 or c.task in ("encode", "morph") or c.obs_std > 0
     what = "superres, encode, morph and --obs_std belong to a single window of frames"
-    advice = f"use --frames={problem.y.shape[2]} or a shorter --length"
+    advice = f"use --frames={problem.hours.shape[1]} or a shorter --length"
     require(not whole or len(problem.windows) == 1, f"{what}: {advice}")
     folder = Path(c.out_dir) / "samples"
     command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])

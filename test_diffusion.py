@@ -917,12 +917,13 @@ def test_a_transformer_compiles_whole():
     close(network(*CLIP), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_linear_autoencoder_is_probabilistic_pca():
+@pytest.mark.parametrize("frames, side", [(1, 2), (4, 1)])
+def test_a_linear_autoencoder_is_probabilistic_pca(frames, side):
     """Its ELBO reaches the likelihood of PPCA (Tipping and Bishop 1999 eq. 8; Lucas et al. 2019)."""
     torch.manual_seed(0)
     x = normal(4000, 4) @ torch.diag(f64([2.0, 1.0, 0.4, 0.2])) @ torch.linalg.qr(normal(4, 4, seed=1))[0]
-    x = x.float().view(-1, 1, 1, 2, 2)
-    vae = model.VAE(model.Config(1, width=16, blocks=0, patch=2, latents=2))
+    x = x.float().view(-1, 1, frames, side, side)
+    vae = model.VAE(model.Config(width=16, blocks=0, patch=side, time_patch=frames, latents=2))
     optimizer = torch.optim.Adam(vae.parameters(), 0.02)
     for step in range(600):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 600) + 1e-4
@@ -940,13 +941,13 @@ def test_a_linear_autoencoder_is_probabilistic_pca():
     assert elbo == pytest.approx(exact.item(), rel=0.01) and elbo < exact + 0.01
 
 
-@pytest.fixture(scope="module")
-def latent():
+@pytest.fixture(scope="module", params=[1, 2])
+def latent(request):
     torch.manual_seed(0)
     walk = np.cumsum(np.random.default_rng(0).standard_normal((40, 7, 10)), 0).astype(np.float32)
     record = data.Record(data.Layout(["walk"], [{}]), [data.Piece({"walk": walk})], np.arange(40))
     codec = data.Codec.fit(record, np.arange(30), 4, "none")
-    vae = model.VAE(model.Config(1, width=16, blocks=1, patch=4, latents=3))
+    vae = model.VAE(model.Config(width=16, patch=4, time_patch=request.param, latents=3))
     clips = data.read_clips(record, np.arange(30), 4)
     return model.LatentCodec(codec, vae, (7, 10)).fit([clips[:15], clips[15:]]), clips
 
@@ -954,7 +955,7 @@ def latent():
 def test_latents_are_standardised_and_of_any_grid(latent):
     codec, clips = latent
     latents = codec.encode(clips)
-    assert latents.shape == (30, 3, 4, 2, 3) and codec.decode(latents).shape == clips.shape
+    assert latents.shape == (30, 3, 4 // codec.span, 2, 3) and codec.decode(latents).shape == clips.shape
     flat = latents.transpose(0, 1).flatten(1)
     close(flat.mean(1), torch.zeros(3), atol=1e-4, rtol=0)
     close(flat.std(1), torch.ones(3), atol=1e-4, rtol=0)
@@ -965,8 +966,19 @@ def test_a_frame_that_is_missing_has_no_latents_and_changes_no_others(latent):
     holes = clips.copy()
     holes[:, :, 2] = np.nan
     latents, expected = codec.encode(holes), codec.encode(clips)
-    assert latents[:, :, 2].isnan().all()
-    close(latents[:, :, [0, 1, 3]], expected[:, :, [0, 1, 3]])
+    others = np.delete(np.arange(4 // codec.span), 2 // codec.span)
+    assert latents[:, :, 2 // codec.span].isnan().all()
+    close(latents[:, :, others], expected[:, :, others])
+
+
+def test_an_autoencoder_takes_any_number_of_frames_and_cells():
+    torch.manual_seed(0)
+    vae = model.VAE(model.Config(width=16, patch=4, time_patch=2))
+    x = normal(2, 1, 5, 7, 10).float()
+    padded = torch.nn.functional.pad(x, (0, 2, 0, 1, 0, 1), mode="replicate")
+    close(vae.encode(x)[0], vae.encode(padded)[0], rtol=0, atol=1e-5)
+    reconstruction, kl = vae(x, torch.randn_like(x))
+    assert reconstruction.shape == x.shape and kl.shape == (2, 4, 3, 2, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3555,6 +3567,30 @@ def test_a_model_of_latents_learns_resumes_and_draws(own, trained, tmp_path, cap
             drawn(tmp_path / "latent", settings)
     with pytest.raises(data.InputError, match="holds an autoencoder"):
         drawn(vae)
+
+
+def test_latents_of_two_frames(trained, tmp_path):
+    vae, folder = trained("network=vae time_patch=2 latents=8"), tmp_path / "latent"
+    learn(folder, vae=vae, patch=1, condition="tide,hour", dataset="told.npz", variables="walk")
+    assert model_of(folder).denoiser.frames == 2  # latents
+    problem = posed(folder, "task=extend known=2 length=8 frames=4 input=told.npz")
+    assert problem.told.shape[2] == 4 and [w.tolist() for w, _ in problem.windows] == [[0, 1], [1, 2], [2, 3]]
+    codec = model_of(folder).codec
+    x = drawn(folder, "task=forecast known=2 length=12 frames=4 members=2 verify=true input=told.npz").x
+    given = posed(folder, "task=forecast known=2 length=12 frames=4 members=2 input=told.npz").truth
+    expected = codec.decode(codec.encode(given[:, :, :2]))
+    np.testing.assert_allclose(x[::2, :, :2], expected, rtol=1e-3, atol=1e-3)
+    joins = drawn(folder, "length=8 frames=4 verify=true input=told.npz").report["walk"]["joins"]
+    assert set(joins) == {"inside windows", "across joins"}
+    for task in ("edit", "morph", "encode"):
+        assert drawn(folder, f"task={task}").x.shape == (4, 1, 4, 8, 8)
+    refused = {"task=interpolate": "knows single frames", "task=forecast known=1": "a latent is 2 frames"}
+    refused |= {"length=5": "--length, --frames and --known must be multiples of 2"}
+    for settings, message in refused.items():
+        with pytest.raises(data.InputError, match=message):
+            drawn(folder, settings)
+    with pytest.raises(data.InputError, match="--frames and --min_frames must be multiples of 2"):
+        learn(tmp_path / "odd", vae=vae, patch=1, min_frames=3)
 
 
 def test_held_out_clips_of_a_large_grid_are_fewer(trained, monkeypatch):

@@ -81,7 +81,7 @@ width = 64  # channels at the first level, a multiple of 16 [>= 16, fixed]
 mults = "1,2"  # channels of a level over width; every further level halves the grid [fixed, network=unet dit]
 blocks = 1  # residual blocks per level [>= 1, <= 64, fixed]
 patch = 4  # side of a patch in cells: 8 from 256 x 256 on, 16 from 512, 1 with --vae [>= 1, <= 64, fixed]
-time_patch = 1  # frames of a patch [>= 1, <= 64, fixed, network=dit]
+time_patch = 1  # frames of a patch, of a latent of the autoencoder [>= 1, <= 64, fixed, network=dit vae]
 wrap_x = "auto"  # periodic longitude; auto: from the coordinates [auto | true | false, fixed]
 # diffusion
 param = "v"  # what the network predicts: v, eps, x or score [fixed, network=unet dit]
@@ -446,6 +446,9 @@ def open_autoencoder(c, record, clips):
     require(vae.settings.network == "vae", f"--vae={c.vae} was not trained with --network=vae")
     order = vae.layout.match(record.layout, c.dataset, reference=f"--vae={c.vae}")
     require(order is None, f"{c.dataset} has its rows or columns in another order than the data of {c.vae}")
+    p = vae.settings.time_patch
+    whole = c.frames % p == 0 == c.min_frames % p
+    require(whole, f"a latent of {c.vae} is {p} frames: --frames and --min_frames must be multiples of {p}")
     codec = LatentCodec(vae.codec, vae.denoiser.network, record.layout.size).fit(clips)
     x = vae.codec.encode(clips[0])
     lost = (vae.codec.encode(codec.decode(codec.encode(clips[0]))) - x).pow(2).nanmean().sqrt()
@@ -455,7 +458,8 @@ def open_autoencoder(c, record, clips):
 
 def make_denoiser(network, gaussian, codec, c, dtype):
     network.checkpoint_activations = c.checkpoint_activations
-    return Denoiser(network, gaussian, c.param, c.frames, codec.low, c.linear_skip, dtype, codec.valid)
+    frames = c.frames // codec.span
+    return Denoiser(network, gaussian, c.param, frames, codec.low, c.linear_skip, dtype, codec.valid)
 
 
 def fit_to_data(record, starts, c):
@@ -483,8 +487,9 @@ def fit(record, starts, c, dtype):
     mults, C = tuple(map(int, c.mults.split(","))), len(gaussian.mean)
     model = Model(None, record.layout, codec, conditions, record.extent(), c)
     shown = 2 * C * c.linear_skip + model.told_channels
-    fewer = c.network != "vae" or c.latents <= C * c.patch**2
-    require(fewer, f"--latents={c.latents} are more than the {C * c.patch**2} numbers of a patch")
+    numbers = C * c.time_patch * c.patch**2
+    fewer = c.network != "vae" or c.latents <= numbers
+    require(fewer, f"--latents={c.latents} are more than the {numbers} numbers of a patch")
     sizes = {"time_patch": c.time_patch, "latents": c.latents, "wrap_x": wrap_x}
     network = NETWORKS[c.network](Config(C, shown, c.width, mults, c.blocks, c.patch, **sizes))
     model.denoiser = make_denoiser(network, gaussian, codec, c, dtype)
@@ -522,8 +527,10 @@ class Clips(Dataset):
     def where(self, stream):
         """(starts of the clips, their number of frames) of a batch."""
         s = self.model.settings
-        lengths = np.random.default_rng((*stream, 3)).integers(self.shortest or s.frames, s.frames + 1, 1)
-        return data.pick(self.starts, stream[0], stream[1:], s.batch_size), int(lengths[0])
+        ends = np.array([self.shortest or s.frames, s.frames]) // self.model.codec.span
+        length = np.random.default_rng((*stream, 3)).integers(ends[0], ends[1] + 1, 1)[0]
+        starts = data.pick(self.starts, stream[0], stream[1:], s.batch_size)
+        return starts, int(length) * self.model.codec.span
 
     def __getitem__(self, stream):
         s, conditions = self.model.settings, self.model.conditions
@@ -535,10 +542,11 @@ class Clips(Dataset):
         eps = torch.randn(x.shape, generator=generator)
         mask = cond = None
         if not x.isfinite().all():
-            mask, x = x.isfinite().float(), self.gaussian.frames(T).fill(x, generator)
+            mask, x = x.isfinite().float(), self.gaussian.frames(x.shape[2]).fill(x, generator)
         parts = []
         if conditions.channels:
-            parts.append(conditions.values(self.record, starts[:, None] + np.arange(T), size=self.model.grid))
+            index = starts[:, None] + np.arange(0, T, self.model.codec.span)
+            parts.append(conditions.values(self.record, index, size=self.model.grid))
         if self.model.told_block:
             noised = AUGMENT[0] + (AUGMENT[1] - AUGMENT[0]) * torch.rand(s.batch_size, generator=generator)
             parts.append(self.model.tell_coarse(clips, noised, generator))
