@@ -2776,7 +2776,7 @@ def state_of(folder):
     """What must not differ between two runs: the log without its clock, weights, averages and optimiser."""
     c = checkpoint_of(folder)
     moments = [t for s in c["optimizer"]["state"].values() for t in s.values()]
-    tensors = [*c["model"].values(), *c["ema"].values(), *moments]
+    tensors = [*c["model"].values(), *c["ema"].values(), *c["best"].values(), *moments]
     return log_of(folder), [t.numpy().tobytes() for t in tensors]
 
 
@@ -3026,8 +3026,21 @@ def test_averages_keep_their_share(workplace, tmp_path):
     two = checkpoint_of(tmp_path, "ckpt.prev.pt")
     for key, now in three["model"].items():  # after n updates the average keeps (1 + n) / (10 + n) of itself
         torch.testing.assert_close(three["ema"][key], now.lerp(two["ema"][key], 3 / 12))
-    weights = model_of(tmp_path).denoiser.network.state_dict()  # what is drawn from
-    assert all(torch.equal(three["ema"][key], value) for key, value in weights.items())
+
+
+def test_weights_of_the_lowest_held_out_loss_are_drawn_from(workplace, tmp_path, capsys):
+    learn(tmp_path, "max_iters=80 eval_interval=10 learning_rate=0.02 min_lr=0.02 eval_iters=4")
+    losses = [entry["val_loss"] for entry in log_of(tmp_path) if "val_loss" in entry]
+    assert min(losses) < losses[-1] and capsys.readouterr().out.count("are kept for sampling")
+    train.main([f"--out_dir={tmp_path}", "--eval_only=true", "--ode_steps=0"])
+    assert f"held-out loss {min(losses):.5f}" in capsys.readouterr().out
+    weights = model_of(tmp_path).denoiser.network.state_dict()
+    assert all(torch.equal(checkpoint_of(tmp_path)["best"][key], value) for key, value in weights.items())
+
+
+def test_a_network_that_is_never_better_than_the_gaussian_law_is_not_drawn_from(workplace, tmp_path):
+    kept = learn(tmp_path, "max_iters=4 eval_interval=2 learning_rate=10 warmup_iters=0")
+    assert log_of(tmp_path)[-1]["val_loss"] > 1 and not any(v.any() for v in kept["best"].values())
 
 
 def broken(steps):
@@ -3058,7 +3071,7 @@ def test_ten_steps_without_a_finite_gradient_stop(workplace, tmp_path, monkeypat
 
 def test_weights_that_are_not_finite_are_not_saved(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "learning_rate_at", lambda step, c: 1e-3 if step < 3 else math.inf)
-    monkeypatch.setattr(train, "evaluate", lambda run: (1.0, {}, None))
+    monkeypatch.setattr(train, "keep_best", lambda run: ({}, ""))
     with pytest.raises(RuntimeError, match="not finite at step 4, nothing is saved"):
         learn(tmp_path, "max_iters=6 eval_interval=2")
     assert checkpoint_of(tmp_path)["step"] == 2
@@ -3476,7 +3489,8 @@ def test_guidance_exaggerates_what_is_told(own):
     folder = own(TOLD)
     kept = torch.load(folder / "ckpt.pt", weights_only=True)
     torch.manual_seed(0)
-    torch.nn.init.normal_(kept["ema"]["cell.out.weight"], std=0.05)  # a network that says something
+    kept["best"] = kept["ema"]
+    torch.nn.init.normal_(kept["best"]["cell.out.weight"], std=0.05)  # a network that says something
     torch.save(kept, folder / "ckpt.pt")
     plain, more, nothing = (drawn(folder, guidance_scale=s, steps=1).x for s in (1, 3, 0))
     np.testing.assert_allclose(more - nothing, 3 * (plain - nothing), rtol=1e-2, atol=1e-3)
@@ -3808,7 +3822,7 @@ def test_ranks_end_where_one_process_does(ranks, workplace, tmp_path):
     launch(ranks[0], train, f"{plan} eval_interval=4", out)
     os.replace(out / "ckpt.prev.pt", out / "ckpt.pt")
     launch(ranks[1], train, "init_from=resume", out)
-    for part in ("model", "ema"):
+    for part in ("model", "ema", "best"):
         expected, got = (dict(checkpoint_of(folder)[part]) for folder in (one, out))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     expected = drawn(one, "num_samples=5").x

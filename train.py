@@ -101,9 +101,9 @@ min_lr = 1e-5  # learning rate at the end [>= 0]
 weight_decay = 0.01  # of matrices and kernels [>= 0]
 beta2 = 0.99  # AdamW's second-moment decay [> 0, < 1]
 grad_clip = 1.0  # gradient norm is clipped to this; 0 is off [>= 0]
-ema_decay = 0.995  # of the averaged weights that are evaluated and sampled [>= 0, < 1]
+ema_decay = 0.995  # of the averaged weights; those of the lowest held-out loss are sampled [>= 0, < 1]
 # evaluation and logging
-eval_interval = 600  # steps between evaluations on held-out clips and checkpoints [>= 1]
+eval_interval = 300  # steps between evaluations on held-out clips and checkpoints [>= 1]
 eval_iters = 4  # held-out batches per evaluation [>= 1, <= 100000]
 eval_only = False  # print held-out loss and likelihoods of the checkpoint and stop
 ode_steps = 64  # Runge-Kutta steps of the exact likelihood that eval_only prints; 0 leaves it out [>= 0]
@@ -119,9 +119,9 @@ checkpoint_activations = False  # compute them again in the backward pass: less 
 
 AUGMENT = (-2.0, 10.0)  # log-SNRs to which the block means that an upsampler is told are noised
 BOUND_STEPS = 1000  # steps T of the discrete bound that eval_only prints
-FORMAT = 11  # of checkpoints
+FORMAT = 12  # of checkpoints
 PARTS = ("layout", "codec", "conditions", "config", "gaussian", "extent", "settings")  # of a model
-KEYS = (*PARTS, "model", "ema", "optimizer", "step")  # of a checkpoint
+KEYS = (*PARTS, "model", "ema", "best", "optimizer", "step")  # of a checkpoint
 BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of bins of log-SNR in log.jsonl
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -404,14 +404,15 @@ class Model:
         return parts | {"extent": self.extent, "settings": vars(self.settings)}
 
     @classmethod
-    def load(cls, checkpoint, dtype=torch.float32, weights="ema"):
-        """The model of a checkpoint with its averaged weights or, weights="model", those of its last step."""
+    def load(cls, checkpoint, dtype=torch.float32, weights="best"):
+        """The model of a checkpoint with the averaged weights of the lowest held-out loss or, weights="model",
+        those of its last step."""
         settings, codec = SimpleNamespace(**checkpoint["settings"]), data.Codec.load(checkpoint["codec"])
         if "latents" in checkpoint["codec"]:
             codec = LatentCodec.load(codec, checkpoint["codec"])
         network = NETWORKS[settings.network](Config(**checkpoint["config"]))
         gaussian = diffusion.Gaussian(**checkpoint["gaussian"])
-        network.load_state_dict(checkpoint[weights])
+        network.load_state_dict(checkpoint[weights] or checkpoint["ema"])  # nothing was evaluated yet
         denoiser = make_denoiser(network, gaussian, codec, settings, dtype)
         parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions(checkpoint["conditions"])
         return cls(denoiser, *parts, checkpoint["extent"], settings)
@@ -613,16 +614,34 @@ def means(results, network):
 
 
 @torch.no_grad()
-def evaluate(run):
-    """Of the averaged weights on held-out clips with fixed times and noise: (mean loss, v-error by bin, those
-    of the Gaussian law alone, None for an autoencoder)."""
-    ours, alone = [], []
+def evaluate(run, *denoisers):
+    """[(mean loss, v-error by bin)] of denoisers on held-out clips with fixed times and noise."""
+    results = [[] for _ in denoisers]
     for i in range(run.c.eval_iters):
         batch = run.held_out[run.c.seed + 1, 0, i].to(run.device)
-        ours.append((*loss_of(run.ema, batch, run.model), batch.logsnr))
-        if run.c.network != "vae":
-            alone.append((*loss_of(run.ema.linear, batch, run.model), batch.logsnr))
-    return *means(ours, run.c.network), means(alone, run.c.network)[1] if alone else None
+        for denoiser, found in zip(denoisers, results):
+            found.append((*loss_of(denoiser, batch, run.model), batch.logsnr))
+    return [means(found, run.c.network) for found in results]
+
+
+def keep_best(run):
+    """Evaluate, and keep the averaged weights if none before had a lower held-out loss: of few data a network
+    soon learns them by heart. The entries of the log's line, and what is said of them."""
+    alone = [] if run.c.network == "vae" else [run.ema.linear]
+    (loss, bins), (least, _), *gaussian = evaluate(run, run.ema, run.best, *alone)
+    if not math.isfinite(loss):
+        what = f"held-out loss not finite at step {run.step}, which is not saved"
+        raise RuntimeError(f"{what}: lower --learning_rate")
+    line, text = {"val_loss": loss, "val_bins": bins}, f"held-out loss {loss:.4f}"
+    if gaussian:
+        line["gaussian_bins"] = gaussian[0][1]
+        text += f", {verdict(bins, gaussian[0][1])}"
+    untrained = run.c.network == "vae" and not run.evaluated  # of zeros: no law to fall back on
+    run.evaluated = True
+    if loss > least and not untrained:
+        return line, f"{text}; the weights of the lowest so far, {least:.4f}, are kept for sampling"
+    run.best.network.load_state_dict(run.ema.network.state_dict())
+    return line, text
 
 
 def verdict(bins, alone):
@@ -642,11 +661,11 @@ def print_likelihoods(run):
     one Hutchinson probe each. 'physical' rows include the change of variables of the transform.
     """
     c, rows, lo, hi = run.c, {}, run.c.logsnr_min, run.c.logsnr_max
-    loss, bins, _ = evaluate(run)
+    ((loss, bins),) = evaluate(run, run.best)
     if c.network == "vae":
         return print(f"step {run.step}: held-out -ELBO {loss:.5f} nats per entry: {bins}")
     print(f"step {run.step}: held-out loss {loss:.5f}; squared v-error per bin of log-SNR: {bins}")
-    run.ema.dtype = torch.float32
+    run.best.dtype = torch.float32
     chain = torch.linspace(lo, hi, BOUND_STEPS + 1, dtype=torch.float64)
     path = torch.linspace(hi, lo, c.ode_steps + 1, dtype=torch.float64)
     for i in range(c.eval_iters):
@@ -654,7 +673,7 @@ def print_likelihoods(run):
         x, mask, cond, _, eps = run.held_out[stream].to(run.device)
 
         def denoise(z, logsnr, cond=cond):
-            return run.ema.denoise(z, logsnr, None if cond is None else cond[: len(z)])
+            return run.best.denoise(z, logsnr, None if cond is None else cond[: len(z)])
 
         t = diffusion.stratified_times(len(x), generator)
         size = (torch.ones_like(x) if mask is None else mask).flatten(1).sum(1)
@@ -743,6 +762,9 @@ def start(c, given, rules):
     run.train, run.held_out = Clips(record, starts[0], model, c.min_frames), Clips(record, starts[1], model)
     model.denoiser.to(device)
     run.ema = copy.deepcopy(model.denoiser).requires_grad_(False)  # with the moving average of the weights
+    run.best, run.evaluated = copy.deepcopy(run.ema), False  # with the best of those that were evaluated:
+    for p in run.best.network.parameters():
+        p.zero_()  # at first the Gaussian law alone
     matrices = [p for p in model.denoiser.parameters() if p.ndim >= 2]
     rest = [p for p in model.denoiser.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -752,6 +774,9 @@ def start(c, given, rules):
         run.step, run.digest = checkpoint["step"], checkpoint["digest"]
         with fitting():
             run.ema.network.load_state_dict(checkpoint["ema"])
+            run.evaluated = bool(checkpoint["best"])
+            if run.evaluated:
+                run.best.network.load_state_dict(checkpoint["best"])
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         for p, moments in run.optimizer.state.items():  # a fused optimiser pairs entries by place in memory
             same = {k: v for k, v in moments.items() if v.shape == p.shape}
@@ -770,6 +795,7 @@ def save(run):
         raise RuntimeError(f"weights not finite at step {run.step}, nothing is saved: lower --learning_rate")
     checkpoint = {"format": FORMAT, **run.model.state(), "step": run.step}
     checkpoint |= {"model": run.model.denoiser.network.state_dict(), "ema": run.ema.network.state_dict()}
+    checkpoint["best"] = run.best.network.state_dict() if run.evaluated else {}
     checkpoint["optimizer"] = run.optimizer.state_dict()
     path = run.log.with_name("ckpt.pt")
     with data.replacing(path) as f:
@@ -864,13 +890,9 @@ def train_until_done(run, received):
                 line |= {"grad_norm": round(norm.item(), 4), "clips_per_s": round(speed, 2)}
                 line |= {"skipped": int(skipped), "bins": bins}
                 if due and not stop:
-                    line["val_loss"], line["val_bins"], line["gaussian_bins"] = evaluate(run)
-                    if not math.isfinite(line["val_loss"]):
-                        what = f"held-out loss not finite at step {run.step}, which is not saved"
-                        raise RuntimeError(f"{what}: lower --learning_rate")
-                    text = f"step {run.step}: loss {loss:.4f}, held-out loss {line['val_loss']:.4f}"
-                    against = (line["val_bins"], line["gaussian_bins"])
-                    bar.write(text + (f", {verdict(*against)}" if against[1] else ""))
+                    found, text = keep_best(run)
+                    line |= found
+                    bar.write(f"step {run.step}: loss {loss:.4f}, {text}")
                 with open(run.log, "a") as f:
                     f.write(re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(line)) + "\n")
                 if due:
