@@ -5,6 +5,7 @@
     python docs/compare.py told --train=--size=16                               # rain, given coarse weather
     python docs/compare.py samplers                                             # one network, many samplers
     python docs/compare.py networks --minutes=15                                # U-Net and transformer
+    python docs/compare.py widths --train=--size=16 --minutes=4 --jobs=2        # how wide in so little time
 
 Run from the repository's root, with nothing else running. Everything goes to out-compare/, a folder a row and
 seed; what is there is not made again, so an interrupted table goes on where it stopped. Means over seeds
@@ -78,6 +79,7 @@ RECIPES = {
         ),
     },
     "networks": {"U-Net": Recipe(), "transformer": Recipe("--network=dit")},
+    "widths": {f"width {n}": Recipe(f"--width={n}") for n in (16, 32, 48, 64, 96)},
     "samplers": {
         "dpmpp_sde 64": Recipe(),
         "half the noise": Recipe(edits=(("diffusion.py", "partial(multistep, order=2)", HALF),)),
@@ -193,7 +195,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("table", choices=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1800, help="training steps of every recipe")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of every recipe")
     parser.add_argument("--minutes", type=float, default=0, help="in place of --steps: of training for each")
     parser.add_argument("--num_samples", type=int, default=1024)
     parser.add_argument("--ensembles", action="store_true", help="forecasts and interpolations, too")
