@@ -125,10 +125,11 @@ def stratified_times(batch_size, generator=None):
 # ------------------------------------------------------------------------------------------------------------
 # the Gaussian law of the data
 
-TOGETHER = 2048  # cells of time and x whose covariance is taken together; beyond, time and x are taken apart
+TOGETHER = 512  # cells of time and x whose covariance is taken together; beyond, time and x are taken apart
 LEAST = 1e-6  # variance of a mode, at least
 NEARLY = 0.02  # standard deviations within which what is observed exactly is met, before it is put right
-ROUNDS, SOME = 10, 500  # of filling and fitting where data are missing; clips that all but the last two take
+ROUNDS = 10  # of filling and fitting where data are missing
+SOME, VALUES = 500, 4_000_000  # clips that all rounds but the last two take, unless they hold more values
 
 
 def rotate(x, dims, M):
@@ -171,10 +172,12 @@ class Gaussian:
         if not any(x.isnan().any() for x in batches):
             return cls.fit_complete(batches)
         law = cls.fit_complete([x.nan_to_num() for x in batches])
-        step = max(1, sum(len(x) for x in batches) // SOME)
+        count = sum(len(x) for x in batches)
+        step = max(1, round(count / min(SOME, VALUES / law.variances.numel())))
         for i in range(ROUNDS):  # the finest modes take many
             of = islice(batches, 0, None, step if i < ROUNDS - 2 else 1)
-            law = cls.fit_complete([law.fill(x, torch.Generator().manual_seed(k)) for k, x in enumerate(of)])
+            seeded = ((x, torch.Generator().manual_seed(k)) for k, x in enumerate(of))
+            law = cls.fit_complete([law.fill(x, law.draw(x, generator)) for x, generator in seeded])
         return law
 
     @classmethod
@@ -275,12 +278,18 @@ class Gaussian:
         )
         return self.scaled(u, variances)
 
-    def fill(self, x, generator=None):
-        """Clips x (B, C, T, H, W) with a draw of this law given what is there in place of every NaN."""
+    def draw(self, x, generator=None):
+        """A draw of this law, like x (B, C, T, H, W)."""
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
+        return self.mean + self.field(self.variances.sqrt() * noise)
+
+    def fill(self, x, draw):
+        """Clips x (B, C, T, H, W) with `draw`, moved to what is there, in place of every NaN.
+
+        A draw of the law becomes one given what is there; the law's mean becomes the mean given that.
+        """
         there = x.isfinite()
         known = Observation(x.nan_to_num(), there.to(x))
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
-        draw = self.mean + self.field(self.variances.sqrt() * noise)
         # a thousandth is enough for a draw: finer modes of the fitted law do not change
         draw = draw + self.shift(known, draw, self.variances[None], NEARLY, tolerance=1e-3, steps=64)
         return torch.where(there, x, draw)
@@ -530,11 +539,15 @@ def extrapolate(now, t, s, memory):
     return now + 0.5 * (s - t) / (t - when) * (now - before)
 
 
-def multistep(denoise, z, t, s, noise, memory, order=1, eta=1.0, variance=0.0):
-    """Ancestral sampling, DDIM (eta 0), and of order 2 DPM-Solver++(2M) (eta 0) and its SDE form (eta 1)."""
+def multistep(denoise, z, t, s, noise, memory, order=1, eta=1.0, variance=0.0, until=math.inf):
+    """Ancestral sampling, DDIM (eta 0), and of order 2 DPM-Solver++(2M) (eta 0) and its SDE form (eta 1).
+
+    Steps from log-SNR `until` on are those of eta 0. A young network makes too little weather without noise
+    in the first steps, too little light rain with noise in the last.
+    """
     x_hat = denoise(z, t)
     D = extrapolate(x_hat, t, s, memory)
-    z = update(z, D, t, s, eta, variance, noise)
+    z = update(z, D, t, s, eta if t < until else 0.0, variance, noise)
     return z, x_hat, (x_hat, t) if order == 2 else None
 
 
@@ -596,6 +609,7 @@ SAMPLERS = {
     "ddim": partial(multistep, eta=0.0),
     "dpmpp": partial(multistep, order=2, eta=0.0),
     "dpmpp_sde": partial(multistep, order=2),
+    "dpmpp_mixed": partial(multistep, order=2, until=0.0),  # sample.py: midway through where modes emerge
     "modes": modes_step,
     "heun": heun,
     "sde": euler_maruyama,

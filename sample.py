@@ -47,7 +47,7 @@ out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one [>= 1]
 batch_size = 32  # clips at a time; does not change the result [>= 1]
 steps = 64  # sampler steps [>= 1, <= 1000000]
-sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_sde, dpmpp where a part is given, ode to encode
+sampler = "auto"  # of diffusion.SAMPLERS; auto: dpmpp_mixed, dpmpp where a part is given, ode to encode
 spacing = "auto"  # of steps: even in log-SNR where modes emerge; in training time; EDM's [auto | time | rho]
 eta = 0.0  # 0 deterministic, 1 ancestral [>= 0, <= 1, sampler=ddim]
 variance = 0.0  # of a step: 0 lower, 1 upper bound, between them interpolated [>= 0, <= 1, sampler=ancestral]
@@ -366,7 +366,7 @@ def sampler_of(c, known):
     """The name of the sampler; known: whether a part of the clips is."""
     if c.sampler != "auto":
         return c.sampler
-    return "ode" if c.task in ("encode", "morph") else "dpmpp" if known else "dpmpp_sde"
+    return "ode" if c.task in ("encode", "morph") else "dpmpp" if known else "dpmpp_mixed"
 
 
 def make_step(c, law, known=False):
@@ -376,6 +376,7 @@ def make_step(c, law, known=False):
     options = {
         "ancestral": {"variance": c.variance},
         "ddim": {"eta": c.eta},
+        "dpmpp_mixed": {"until": sum(law.emergence()) / 2},
         "heun": {"churn": c.churn},
         "modes": {"law": law},
         "pc": langevin,

@@ -339,10 +339,11 @@ def test_fill_draws_what_is_missing_given_what_is_there():
     x = draws(law, 1)
     known = observe(x, "cells")
     holes = torch.where(known.mask > 0, x, math.nan).expand(4000, *x.shape[1:])
-    filled = law.fill(holes, torch.Generator().manual_seed(0))
+    filled = law.fill(holes, law.draw(holes, torch.Generator().manual_seed(0)))
     assert torch.equal(known.mask * filled, (known.mask * x).expand_as(filled))
     mean, C = conditional(law, known)
     std = C.diagonal().clamp(min=0).sqrt()
+    close(law.fill(holes[:1], law.mean.expand_as(x)).flatten(), mean, rtol=0, atol=0.05)
     assert ((filled.mean(0).flatten() - mean).abs() < 5 * std / 4000**0.5 + 0.01).all()
     assert (filled.std(0).flatten() - std).abs().max() < 0.05
 
@@ -431,12 +432,18 @@ STEPS = D.SAMPLERS | {
 }
 
 
-@pytest.mark.parametrize("name", ["ancestral", "dpmpp_sde", "sde", "eta_half", "churn"])
+@pytest.mark.parametrize("name", ["ancestral", "dpmpp_sde", "dpmpp_mixed", "sde", "eta_half", "churn"])
 def test_samplers_reach_the_exact_spectrum(name):
     grids = [D.Levels("logsnr", -16.0, 17.0).grid(n) for n in (100, 200)]
     for w in (0.01, 1.0, 100.0):  # a steep spectrum, each eigenvalue a scalar Gaussian
         error = [abs(variance_of(STEPS[name], grid, w) / w - 1) for grid in grids]
         assert error[1] < 0.09 and (error[1] < error[0] / 1.8 or error[1] < 1e-4)
+
+
+def test_steps_beyond_until_add_no_noise():
+    z, grid, denoise = normal(4, 1), torch.linspace(-2, 2, 9, dtype=torch.float64), scalar_denoiser(0.3)
+    silent = after(partial(D.SAMPLERS["dpmpp_mixed"], until=-2.0), denoise, z, grid)
+    close(silent, after(D.SAMPLERS["dpmpp"], denoise, z, grid), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name,order", [("ddim", 1), ("dpmpp", 2), ("heun", 2), ("ode", 4)])
@@ -2857,7 +2864,7 @@ def test_brackets_hold_and_tables_exist(script, name, default, comment, rules):
             )
 
 
-OTHERS = "width=32 mults=1,2,2 edit_logsnr=1.0 param=eps schedule=cosine weighting=min_snr sampler=ode"
+OTHERS = "width=48 mults=1,2,2 edit_logsnr=1.0 param=eps schedule=cosine weighting=min_snr sampler=ode"
 OTHERS += " task=forecast device=cpu condition=day transform=none"
 
 
@@ -3133,8 +3140,8 @@ def test_nothing_is_compiled_again(workplace, tmp_path, monkeypatch):
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_a_run(workplace, tmp_path, monkeypatch):
-    losses = iter([(1.0, {}, None), (math.inf, {"0..2": math.nan}, None)])
-    monkeypatch.setattr(train, "evaluate", lambda run: next(losses))
+    losses, bins = iter([1.0, math.inf]), {"0..2": 1.0}
+    monkeypatch.setattr(train, "evaluate", lambda *_: [(next(losses), bins), (2.0, bins), (2.0, bins)])
     with pytest.raises(RuntimeError, match="held-out loss not finite at step 4, which is not saved"):
         learn(tmp_path, "max_iters=6 eval_interval=2")
     assert checkpoint_of(tmp_path)["step"] == 2
@@ -3174,10 +3181,23 @@ def test_missing_values_are_filled_with_draws(trained):
     truth = clips.model.codec.encode(np.stack([[np.load("walk.npy")[i : i + 4]] for i in starts]))
     assert torch.equal(batch.mask == 1, given.isfinite()) and batch.x.isfinite().all()
     assert torch.equal(batch.x[batch.mask == 1], given[batch.mask == 1])
-    again = clips.gaussian.fill(given, torch.Generator().manual_seed(9))
+    again = clips.gaussian.fill(given, clips.gaussian.draw(given, torch.Generator().manual_seed(9)))
     assert (batch.x - again)[batch.mask == 0].std() > 0.05  # a draw, not the mean
     gap = (batch.mask == 0) & (torch.arange(8)[:, None] >= 3)  # off land: others around it are known
     assert (batch.x - truth)[gap].std() < 0.8 * truth[gap].std()
+
+
+def test_land_is_filled_with_draws_that_are_made_once(trained, monkeypatch):
+    clips, generator = clips_of(trained("dataset=land.npy")), torch.Generator().manual_seed(0)
+    x = clips.model.codec.encode(data.read_clips(clips.record, [5], 4)).expand(300, -1, -1, -1, -1)
+    filled, law = clips.filled(x, np.full(300, 5), generator), clips.gaussian
+    expected, land = law.fill(x, law.draw(x, generator)), x[0].isnan()
+    assert torch.equal(filled.where(~land, 0), x.nan_to_num()) and len(filled.unique(dim=0)) > 50
+    std = expected.std(0)[land]
+    assert ((filled.mean(0) - expected.mean(0))[land] / std).pow(2).mean() < 2 / train.RESTS
+    assert (filled.std(0)[land] / std).mean().item() == pytest.approx(1, abs=0.05)
+    monkeypatch.setattr(D.Gaussian, "fill", None)
+    assert clips.filled(x, np.full(300, 5), generator).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["gaps", "land"])
@@ -3463,7 +3483,7 @@ def test_written_samples_are_input_again_and_know_their_history(own):
     np.testing.assert_array_equal(posed(folder, f"task=edit input={path}").truth, x)
     with xr.open_dataset(path, decode_timedelta=False) as ds:
         history = ds.attrs["history"]
-    assert "sample.py --num_samples=4 --steps=3" in history and "dpmpp_sde, 3 steps" in history
+    assert "sample.py --num_samples=4 --steps=3" in history and "dpmpp_mixed, 3 steps" in history
     assert "at step 2" in history
 
 

@@ -26,7 +26,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -119,6 +119,7 @@ checkpoint_activations = False  # compute them again in the backward pass: less 
 
 AUGMENT = (-2.0, 10.0)  # log-SNRs to which the block means that an upsampler is told are noised
 BOUND_STEPS = 1000  # steps T of the discrete bound that eval_only prints
+RESTS = 64  # of draws where there never are data, see Clips.filled
 FORMAT = 12  # of checkpoints
 PARTS = ("layout", "codec", "conditions", "config", "gaussian", "extent", "settings")  # of a model
 KEYS = (*PARTS, "model", "ema", "best", "optimizer", "step")  # of a checkpoint
@@ -482,6 +483,10 @@ def fit(record, starts, c, dtype):
     def encoded(some):
         return codec.encode(data.read_clips(record, some, c.frames))
 
+    if not c.vae and not codec.complete:
+        print(
+            "missing   values are filled with draws of the Gaussian law, which is fitted to them: this may take minutes"
+        )
     gaussian = diffusion.Gaussian.fit(DataLoader(parts, None, collate_fn=encoded))  # read many times
     wrap_x = record.layout.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
     torch.manual_seed(c.seed)
@@ -524,6 +529,7 @@ class Clips(Dataset):
     def __init__(self, record, starts, model, shortest=0):
         self.record, self.starts, self.model, self.shortest = record, starts, model, shortest
         self.levels, self.gaussian = model.levels, model.denoiser.gaussian  # on the CPU, as batches are
+        self.kept = {}  # of `filled`
 
     def where(self, stream):
         """(starts of the clips, their number of frames) of a batch."""
@@ -532,6 +538,36 @@ class Clips(Dataset):
         length = np.random.default_rng((*stream, 3)).integers(ends[0], ends[1] + 1, 1)[0]
         starts = data.pick(self.starts, stream[0], stream[1:], s.batch_size)
         return starts, int(length) * self.model.codec.span
+
+    def filled(self, x, starts, generator):
+        """Clips x with draws of the Gaussian law given what is there in place of NaN.
+
+        Where only cells are missing that never have data (land), a draw is the mean given what is there and
+        a rest that does not depend on it. Both are kept: to make them for every batch takes longer than to
+        train.
+        """
+        law, land = self.gaussian.frames(x.shape[2]), self.model.codec.valid == 0
+        if not torch.equal(x.isnan(), land.expand_as(x)):
+            return law.fill(x, law.draw(x, generator))
+
+        def keep(key, make):
+            value = self.kept.get((key, x.shape[2]))
+            if value is None:
+                value = make()
+                if (1 + len(self.kept)) * value.nbytes < data.MEMORY:
+                    self.kept[key, x.shape[2]] = value
+            return value
+
+        def mean(i):
+            return law.fill(x[i : i + 1], law.mean.expand_as(x[:1]))
+
+        def rest(i):
+            nothing = torch.zeros_like(x[:1]).masked_fill(land, torch.nan)
+            return law.fill(nothing, law.draw(nothing, torch.Generator().manual_seed(i)) - law.mean)
+
+        which = torch.randint(RESTS, (len(x),), generator=generator).tolist()
+        means = [keep(start, partial(mean, i)) for i, start in enumerate(starts.tolist())]
+        return torch.cat([m + keep(-1 - i, partial(rest, i)) for m, i in zip(means, which)])
 
     def __getitem__(self, stream):
         s, conditions = self.model.settings, self.model.conditions
@@ -543,7 +579,7 @@ class Clips(Dataset):
         eps = torch.randn(x.shape, generator=generator)
         mask = cond = None
         if not x.isfinite().all():
-            mask, x = x.isfinite().float(), self.gaussian.frames(x.shape[2]).fill(x, generator)
+            mask, x = x.isfinite().float(), self.filled(x, starts, generator)
         parts = []
         if conditions.channels:
             index = starts[:, None] + np.arange(0, T, self.model.codec.span)

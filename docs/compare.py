@@ -49,7 +49,7 @@ RECIPES = {
         "default": Recipe(),
         "no Gaussian part": Recipe("--linear_skip=false"),
         "cosine noise levels": Recipe("--schedule=cosine"),
-        "time and x apart": Recipe(edits=(("diffusion.py", "TOGETHER = 2048", "TOGETHER = 0"),)),
+        "time and x apart": Recipe(edits=(("diffusion.py", "TOGETHER = 512", "TOGETHER = 0"),)),
         "z in place of estimates": Recipe(
             edits=(ESTIMATES, ("model.py", "self.network(eps_hat, logsnr,", "self.network(z, logsnr,"))
         ),
@@ -64,6 +64,7 @@ RECIPES = {
         "no transform": Recipe("--transform=none"),
         "loss weighting of eps": Recipe("--weighting=eps"),
         "transformer": Recipe("--network=dit"),
+        "noise in all steps": Recipe(sample="--sampler=dpmpp_sde"),
         "noise in no step": Recipe(sample="--sampler=dpmpp"),
     },
     "dissertation": {
@@ -81,8 +82,11 @@ RECIPES = {
     "networks": {"U-Net": Recipe(), "transformer": Recipe("--network=dit")},
     "widths": {f"width {n}": Recipe(f"--width={n}") for n in (16, 32, 48, 64, 96)},
     "samplers": {
-        "dpmpp_sde 64": Recipe(),
-        "half the noise": Recipe(edits=(("diffusion.py", "partial(multistep, order=2)", HALF),)),
+        "dpmpp_mixed 64": Recipe(),
+        "dpmpp_sde 64": Recipe(sample="--sampler=dpmpp_sde"),
+        "half the noise": Recipe(
+            sample="--sampler=dpmpp_sde", edits=(("diffusion.py", "partial(multistep, order=2)", HALF),)
+        ),
         "dpmpp 64": Recipe(sample="--sampler=dpmpp"),
         "dpmpp 24": Recipe(sample="--sampler=dpmpp --steps=24"),
         "dpmpp 8": Recipe(sample="--sampler=dpmpp --steps=8"),

@@ -22,7 +22,7 @@ SIZE, SEASONS = 16, 60
 ROOT = Path("out-missing")
 ZEROS = (
     ("diffusion.py", "range(ROUNDS)", "range(0)"),
-    ("train.py", "self.gaussian.frames(T).fill(x, generator)", "x.nan_to_num()"),
+    ("train.py", "self.filled(x, starts, generator)", "x.nan_to_num()"),
     ("model.py", "return diffusion.to_x(", "return self.valid * diffusion.to_x("),
 )
 BANDS = {"mode 1": slice(0, 1), "2 to 5": slice(1, 5), "6 to 20": slice(5, 20), "21 to 60": slice(20, 60)}
