@@ -77,7 +77,7 @@ transform = "auto"  # auto or of data.TRANSFORMS; one for all variables or one e
 network = "unet"  # unet; dit, a transformer; vae, the autoencoder of a latent model [unet | dit | vae, fixed]
 vae = ""  # out_dir of a run with --network=vae in whose latents to train; empty: in the fields [fixed]
 latents = 4  # numbers that a patch of a frame is compressed to [>= 1, fixed, network=vae]
-width = 32  # channels at the first level, a multiple of 16 [>= 16, fixed]
+width = 64  # channels at the first level, a multiple of 16 [>= 16, fixed]
 mults = "1,2"  # channels of a level over width; every further level halves the grid [fixed, network=unet dit]
 blocks = 1  # residual blocks per level [>= 1, <= 64, fixed]
 patch = 4  # side of a patch in cells: 8 from 256 x 256 on, 16 from 512, 1 with --vae [>= 1, <= 64, fixed]
@@ -94,7 +94,7 @@ weighting = "auto"  # of the loss: auto (that of param) or of diffusion.WEIGHTIN
 # optimisation
 batch_size = 32  # clips per micro-batch [>= 1]
 gradient_accumulation_steps = 1  # micro-batches per step, shared by the ranks of torchrun [>= 1]
-max_iters = 4000  # optimiser steps [>= 1]
+max_iters = 1800  # optimiser steps [>= 1]
 learning_rate = 2e-3  # peak of AdamW's learning rate [> 0]
 warmup_iters = 100  # linear warm-up, then cosine decay to min_lr at max_iters [>= 0]
 min_lr = 1e-5  # learning rate at the end [>= 0]

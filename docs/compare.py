@@ -199,7 +199,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("table", choices=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of every recipe")
+    parser.add_argument("--steps", type=int, default=1800, help="training steps of every recipe")
     parser.add_argument("--minutes", type=float, default=0, help="in place of --steps: of training for each")
     parser.add_argument("--num_samples", type=int, default=1024)
     parser.add_argument("--ensembles", action="store_true", help="forecasts and interpolations, too")
