@@ -406,8 +406,8 @@ class Model:
 
     @classmethod
     def load(cls, checkpoint, dtype=torch.float32, weights="best"):
-        """The model of a checkpoint with the averaged weights of the lowest held-out loss or, weights="model",
-        those of its last step."""
+        """The model of a checkpoint with the averaged weights of the lowest held-out loss, or with those of its
+        last step (weights="model")."""
         settings, codec = SimpleNamespace(**checkpoint["settings"]), data.Codec.load(checkpoint["codec"])
         if "latents" in checkpoint["codec"]:
             codec = LatentCodec.load(codec, checkpoint["codec"])
@@ -485,7 +485,7 @@ def fit(record, starts, c, dtype):
 
     if not c.vae and not codec.complete:
         print(
-            "missing   values are filled with draws of the Gaussian law, which is fitted to them: this may take minutes"
+            "missing   values are filled with draws of the law that is fitted to them: this may take minutes"
         )
     gaussian = diffusion.Gaussian.fit(DataLoader(parts, None, collate_fn=encoded))  # read many times
     wrap_x = record.layout.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
