@@ -406,8 +406,8 @@ class Model:
 
     @classmethod
     def load(cls, checkpoint, dtype=torch.float32, weights="best"):
-        """The model of a checkpoint with the averaged weights of the lowest held-out loss, or those of its last
-        step (weights="model")."""
+        """The model of a checkpoint, with the averaged weights of the lowest held-out loss or, if weights is
+        "model", those of its last step."""
         settings, codec = SimpleNamespace(**checkpoint["settings"]), data.Codec.load(checkpoint["codec"])
         if "latents" in checkpoint["codec"]:
             codec = LatentCodec.load(codec, checkpoint["codec"])
