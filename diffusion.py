@@ -129,7 +129,7 @@ TOGETHER = 512  # cells of time and x whose covariance is taken together; beyond
 LEAST = 1e-6  # variance of a mode, at least
 NEARLY = 0.02  # standard deviations within which what is observed exactly is met, before it is put right
 ROUNDS = 10  # of filling and fitting where data are missing
-SOME, VALUES = 500, 4_000_000  # clips that all rounds but the last two take, unless they hold more values
+FEWEST, SOME, VALUES = 20, 500, 4_000_000  # of all rounds but the last two: clips from .. to, values at most
 
 
 def rotate(x, dims, M):
@@ -173,7 +173,8 @@ class Gaussian:
             return cls.fit_complete(batches)
         law = cls.fit_complete([x.nan_to_num() for x in batches])
         count = sum(len(x) for x in batches)
-        step = max(1, round(count / min(SOME, VALUES / law.variances.numel())))
+        some = min(SOME, max(FEWEST, VALUES // law.variances.numel()))
+        step = max(1, count // some)
         for i in range(ROUNDS):  # the finest modes take many
             of = islice(batches, 0, None, step if i < ROUNDS - 2 else 1)
             seeded = ((x, torch.Generator().manual_seed(k)) for k, x in enumerate(of))
