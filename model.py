@@ -83,13 +83,14 @@ class Conv(nn.Conv2d):
 class Block(nn.Module):
     """Residual: norm, 3x3 in space, 3 taps in time, norm modulated by the log-SNR, 3x3 in space (0 at start).
 
-    Norms are those of a clip: each frame by itself, none could be wetter than the next.
+    Norms are those of a clip: each frame by itself, none could be wetter than the next. Beyond the ends of a
+    clip its first and last frame go on: with zeros there, frames at the ends were wetter than those inside.
     """
 
     def __init__(self, c_in, c_out, wrap_x):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), Conv(c_in, c_out, wrap_x)
-        self.time = nn.Conv2d(c_out, c_out, (3, 1), padding=(1, 0))
+        self.time = nn.Conv2d(c_out, c_out, (3, 1), padding=(1, 0), padding_mode="replicate")
         self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), Conv(c_out, c_out, wrap_x)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         zero(self.conv2)
@@ -133,8 +134,8 @@ class Cell(nn.Module):
         """(BT, K, H, W), (BT, C, H, W), (BT, 2 hidden, 1, 1) -> (BT, c_out, H, W)"""
         cells = cells.to(features.dtype)
         c = rearrange(cells, "(b t) c h w -> b t c h w", t=T)
-        before, after = (F.pad(c, (0, 0) * 3 + ends).flatten(0, 1) for ends in ((1, -1), (-1, 1)))
-        around = torch.cat([cells, before, after], 1).contiguous(memory_format=torch.channels_last)
+        before, after = torch.cat([c[:, :1], c[:, :-1]], 1), torch.cat([c[:, 1:], c[:, -1:]], 1)
+        around = torch.cat([c, before, after], 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         h = torch.cat([features, self.near(around), cells], 1).contiguous(memory_format=torch.channels_last)
         return self.out(modulate(self.inner(h), scale_shift))
 

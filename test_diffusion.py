@@ -748,6 +748,13 @@ def test_last_layer_sees_a_cell_and_its_neighbours(which):
     assert torch.equal(changed > 0, box)
 
 
+def test_a_clip_that_stands_still_is_answered_alike_in_every_frame():
+    """Its ends are no place of their own, as zeros beyond them would make them."""
+    still = torch.randn(2, 1, 1, 8, 8).expand(2, 1, 5, 8, 8)
+    answer = small_unet()(still, torch.tensor([-3.0, 2.0]))
+    close(answer, answer[:, :, :1].expand_as(answer), rtol=0, atol=1e-5)
+
+
 def test_time_attention_depends_on_differences():
     q, k, angle = torch.randn(1, 6, 8), torch.randn(1, 6, 8), model.turns(9, 4, "cpu")
     early, late = (model.rotate(q, a) @ model.rotate(k, a).mT for a in (angle[:6], angle[3:]))
