@@ -149,7 +149,7 @@ class Problem:
     calendar: str
     reference: int
     windows: list
-    imposed: bool = True
+    imposed: bool
 
     def observation(self):
         return diffusion.Observation(self.y, self.mask, self.factor)
@@ -180,6 +180,9 @@ def lengths(c, model):
     require(c.known < least, f"--known={c.known} leaves nothing of {least} frames to draw")
     whole = length % span == 0 == window % span and (c.known % span == 0 or least == math.inf)
     require(whole, f"a latent is {span} frames: --length, --frames and --known must be multiples of {span}")
+    single = c.task in ("superres", "encode", "morph") or c.obs_std > 0
+    what = "superres, encode, morph and --obs_std belong to a single window of frames"
+    require(not single or window >= length, f"{what}: use --frames={length} or a shorter --length")
     return length, window
 
 
@@ -206,8 +209,7 @@ def open_input(c, model):
     else:
         names = ",".join(layout.names) if layout.named else ""
         record = data.open_record(c.input, names, select=c.select)
-        if stride(c, model, record) > 1:
-            layout = replace(layout, step_hours=c.every * layout.step_hours)
+        layout = replace(layout, step_hours=stride(c, model, record) * layout.step_hours)
         record = record.fit_to(layout, what, c.factor if c.task == "superres" else 1)
     size = tuple(model.layout.size)
     extras = {k: v for k, v in record.extras.items() if v.ndim == 1 or tuple(v.shape[-2:]) == size}
@@ -217,8 +219,7 @@ def open_input(c, model):
 
 
 def stride(c, model, record):
-    """How many frames lie from one of the record to the next: --every of a file with the known frames alone,
-    else 1."""
+    """Frames from one of the record to the next: --every of a file with the known frames alone, else 1."""
     if c.task != "interpolate" or "frames" in (record.layout.calendar, model.layout.calendar):
         return 1
     step = c.every * model.layout.step_hours
@@ -268,8 +269,8 @@ def known_cells(c, clips, model):
         mask[..., H // 4 : -(-3 * H // 4), W // 4 : -(-3 * W // 4)] = 0
     y = y.nan_to_num() * mask
     if factor > 1 and clips.shape[-2:] == (H, W):  # means of the blocks without a gap
-        whole = diffusion.Observation(y, torch.ones(*y.shape[:3], H // factor, W // factor), factor)
-        y, mask = whole.A(y), (whole.A(mask) > 0.999).float()
+        means = diffusion.Observation(y, torch.ones(()), factor).A
+        y, mask = means(y), (means(mask) > 0.999).float()
     return y * mask, mask, factor
 
 
@@ -292,12 +293,11 @@ def pose(c, model):
         clips = np.full((count, *clips.shape[1:3], *record.layout.size), np.nan, np.float32)
         clips[:, :, before : before + n * every : every] = data.read_clips(record, start, n)
     y, mask, factor = known_cells(c, clips, model)
-    hours = (t - before) * layout.step_hours + np.zeros((count, 1))
-    hours = hours + record.hours[start][:, None] if record else hours
+    first = record.hours[start] if record else np.zeros(count)
+    hours = first[:, None] + (t - before) * layout.step_hours
     if model.conditions.channels:
         ends = np.append(np.flatnonzero(record.gaps()), len(record) - 1)  # of stretches without a gap
-        index = np.maximum(start[:, None] + (t - before) // every, 0)
-        index = np.minimum(index, ends[np.searchsorted(ends, start)][:, None])
+        index = (start[:, None] + (t - before) // every).clip(0, ends[np.searchsorted(ends, start)][:, None])
         if every > 1 and any("period" not in f for f in model.conditions.fitted):
             print(f"told      what a frame of --input has is kept for the {every - 1} that follow it")
         told = model.conditions.values(record, index[:, ::span], hours[:, ::span], model.grid)
@@ -369,18 +369,17 @@ def sampler_of(c, known):
     return "ode" if c.task in ("encode", "morph") else "dpmpp" if known else "dpmpp_mixed"
 
 
-def make_step(c, law, known=False):
-    """The sampler's step with its options."""
+def make_step(c, law, known):
+    """The sampler's step with its options; known as in `sampler_of`."""
     name = sampler_of(c, known)
-    langevin = {"snr": c.snr} | ({"num_corrections": c.corrections} if c.corrections else {})
     options = {
         "ancestral": {"variance": c.variance},
         "ddim": {"eta": c.eta},
         "dpmpp_mixed": {"until": sum(law.emergence()) / 2},
         "heun": {"churn": c.churn},
         "modes": {"law": law},
-        "pc": langevin,
-        "langevin": langevin,
+        "pc": {"snr": c.snr, "num_corrections": c.corrections or 1},
+        "langevin": {"snr": c.snr, "num_corrections": c.corrections or 10},
     }
     return partial(diffusion.SAMPLERS[name], **options.get(name, {}))
 
@@ -400,16 +399,6 @@ def make_grid(c, trained, emerging):
         wrong = f"--sampler={c.sampler} is unstable with steps over 2 in log-SNR (here {widest:.1f})"
         require(widest < 2, f"{wrong}: use --spacing=auto with at least {enough} --steps")
     return grid
-
-
-def generators(seed, indices):
-    """noise(z) from one CPU generator per sample: sample i is the same in any batch, on any device."""
-    streams = [torch.Generator().manual_seed(train.torch_seed((seed, i))) for i in indices]
-
-    def noise(z):
-        return torch.stack([torch.randn(z.shape[1:], generator=g) for g in streams]).to(z)
-
-    return noise
 
 
 def encode(denoise, x, grid):
@@ -448,8 +437,12 @@ class Sampler:
 
     def draw(self, indices, advance):
         """Standardised clips (B, C, L, H, W), window by window; advance(B) is called after every step."""
-        problem, device = self.problem, self.device
-        rows, noise = [i // self.c.members for i in indices], generators(self.c.seed, indices)
+        problem, device, rows = self.problem, self.device, [i // self.c.members for i in indices]
+        streams = [torch.Generator().manual_seed(train.torch_seed((self.c.seed, i))) for i in indices]
+
+        def noise(z):  # on the CPU, one stream for each sample: the same in any batch, on any device
+            return torch.stack([torch.randn(z.shape[1:], generator=g) for g in streams]).to(z)
+
         valid = 1 if self.law else self.model.codec.valid.to(device)
         y, mask = problem.y[rows].to(device), problem.mask[rows].to(device)  # both fill up window by window
         for window, keep in problem.windows:
@@ -467,37 +460,23 @@ class Sampler:
             y[:, :, window[keep]], mask[:, :, window[keep]] = z[:, :, keep] * valid, valid
         return y
 
-    def run(self, parts, missing, rank):
-        """Draw the missing batches, lists of samples, into parts/NNNNNN.pt."""
-        total = sum(map(len, missing)) * (len(self.grid) - 1) * len(self.problem.windows)
-        with tqdm(total=total, desc="sampling", unit="step", disable=rank > 0) as bar:
-            for indices in missing:
-                clips = self.draw(indices, bar.update)
-                if not clips.isfinite().all():
-                    raise RuntimeError("the samples are not finite: use more --steps or --clip=true")
-                for i, x in zip(indices, clips.cpu()):
-                    with data.replacing(parts / f"{i:06d}.pt") as f:
-                        torch.save(x.clone(), f)  # np.save would not notice a full disk
-
     def decode(self, parts):
         """All clips in physical units, (N, C, L, H, W) float32 on disk: thousands of them need no memory."""
-        x, gap = None, 0.0
-        for i in range(self.c.num_samples):
+        c, codec, layout, gap = self.c, self.model.codec, self.model.layout, 0.0
+        shape = c.num_samples, len(layout.names), self.problem.hours.shape[1], *layout.size
+        x = data.reserved(parts / "samples.npy", shape, np.float32)
+        for i in range(c.num_samples):
             y = torch.load(parts / f"{i:06d}.pt", weights_only=True)[None]
             if self.law:  # of the latent field on the box, cut to the domain; every season is as likely
-                H, W = self.model.layout.size
-                y = y[..., :H, :W]
+                y = y[..., : layout.size[0], : layout.size[1]]
                 rain = self.model.settings.dataset == "climate"
-                clip = (data.rain(y, data.threshold(i)) if rain else y).numpy()
+                x[i] = (data.rain(y, data.threshold(i)) if rain else y)[0]
             else:
-                clip = self.model.codec.decode(y, valid=True)
-            if x is None:
-                x = data.reserved(parts / "samples.npy", (self.c.num_samples, *clip.shape[1:]), np.float32)
-            x[i] = clip[0]
-            if self.c.task == "encode":
-                given = self.model.codec.encode(self.problem.truth[i : i + 1])
-                gap += float((y - given).pow(2).nanmean()) / self.c.num_samples
-        if self.c.task == "encode":
+                x[i] = codec.decode(y, valid=True)[0]
+            if c.task == "encode":
+                given = codec.encode(self.problem.truth[[i // c.members]])
+                gap += float((y - given).pow(2).nanmean()) / c.num_samples
+        if c.task == "encode":
             print(f"round trip: RMS difference {math.sqrt(gap):.2e} standard deviations")
         return x
 
@@ -534,10 +513,6 @@ def quantile(s, p):
     return np.interp(p, LEVELS, s["quantiles"])
 
 
-def decibels(power):
-    return 10 * np.log10(power)
-
-
 def rms(d, weights):
     return np.sqrt(np.mean(d**2))
 
@@ -558,8 +533,8 @@ STATISTICS = [  # (label, unit of the error, what `statistics` returns -> number
     ("autocorrelation, lag 6", "", lambda s: s["autocorrelation"][6:7]),
 ]
 DISTANCES = [  # (label, unit, what `statistics` returns -> array, sizes of differences and weights -> error)
-    ("spatial power, distance", "dB", lambda s: decibels(s["spatial_power"]), rms),
-    ("temporal power, distance", "dB", lambda s: decibels(s["temporal_power"]), rms),
+    ("spatial power, distance", "dB", lambda s: 10 * np.log10(s["spatial_power"]), rms),
+    ("temporal power, distance", "dB", lambda s: 10 * np.log10(s["temporal_power"]), rms),
     (BIAS, NATURAL, lambda s: s["map"], lambda d, w: area_mean(d, None, w)),
 ]
 
@@ -662,17 +637,12 @@ def bootstrap(samples, truth, sums, groups=None, paired=False):
 
 
 def plain(value):
-    """Numbers, arrays, lists and dicts as JSON takes them: null where a number is not finite."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Numbers, arrays, lists and dicts as JSON takes them: None where a number is not finite."""
+    text = json.dumps(value, default=lambda a: a.tolist())
+    return json.loads(text, parse_constant=lambda name: None)
 
 
-def table_row(unit, error, drawn, values=()):
+def table_row(unit, error, drawn, values):
     """A row of the table as plain values. The 95 % interval of an error is that of the resampled errors.
 
     values: of samples, held-out clips and, where known, the exact law. A distance has none: drawn is what
@@ -701,13 +671,9 @@ def unit_and_scale(unit, value, std, floor):
     """
     if unit == NATURAL:
         unit = "%" if floor == 0 else "std"
-    if unit == "std":
-        return unit, std or np.nan
-    if unit != "%":
-        return unit, 1.0
     size = np.abs(value)
     least = 0.1 * np.nanmean(size) if size.ndim == 2 else 0.0  # no ratio to cells where it hardly ever rains
-    return unit, np.where(size > least, size, np.nan)
+    return unit, {"%": np.where(size > least, size, np.nan), "std": std or np.nan}.get(unit, 1.0)
 
 
 def compare_rows(draws, table, exact, floor=None, weights=None):
@@ -731,15 +697,12 @@ def compare_rows(draws, table, exact, floor=None, weights=None):
             draw.append(a[k] - b[k])
     rows, curves = {}, {}
     for (label, _, of, *size), (unit, _), error, errors in zip(table, scales, found, drawn):
-        if size:
-            error = size[0](np.abs(error), weights)
-            rows[label] = table_row(unit, error, errors)
-        else:
-            values = [np.asarray(v).item() for v in values_of(of, s, t, exact)]
-            rows[label] = table_row(unit, error.item(), errors, values)
+        error = size[0](np.abs(error), weights) if size else error.item()
+        values = [] if size else [np.asarray(v).item() for v in values_of(of, s, t, exact)]
+        rows[label] = table_row(unit, error, errors, values)
         if label == BIAS:  # independent errors add in squares
             beyond = np.sqrt(np.maximum(error**2 - np.mean(errors or np.nan) ** 2, 0.0))
-            rows["mean |bias| beyond sampling"] = table_row(unit, beyond, ())
+            rows["mean |bias| beyond sampling"] = table_row(unit, beyond, [], [])
     for k, draw in offsets.items():
         curves[k] = dict(zip(("samples", "held_out", "exact"), values_of(itemgetter(k), s, t, exact)))
         if draw:  # where 95 % of perfect sample sets lie
@@ -789,16 +752,15 @@ def compare(samples, truth, floor=None, dry=0.01, weights=None, exact=None, grou
 
 
 def cross_correlations(samples, truth, names, weights=None, groups=None, paired=False):
-    """Correlation of every pair of variables in the same cell and frame, rows as in `compare`. (N, C, T, H,
-    W) both"""
+    """Rows as in `compare`: correlation of pairs of variables in a cell and frame. (N, C, T, H, W) both"""
     weights = np.ones(samples.shape[3]) if weights is None else weights
     centre = np.nanmean(truth, (0, 2, 3, 4), keepdims=True, dtype=np.float64)[0]
 
     def products(x):
         valid = np.isfinite(x).all(1, keepdims=True)
         a, w = np.where(valid, x - centre, 0.0), valid * weights[:, None]
-        pairs = np.einsum("nithw,njthw->ij", w * a, a)
-        return {"count": w.sum(), "sum": (w * a).sum((0, 2, 3, 4)), "product": pairs}
+        product = np.einsum("nithw,njthw->ij", w * a, a)
+        return {"count": w.sum(), "sum": (w * a).sum((0, 2, 3, 4)), "product": product}
 
     def correlation(S):
         m = S["sum"] / S["count"]
@@ -818,11 +780,8 @@ def cross_correlations(samples, truth, names, weights=None, groups=None, paired=
 
 
 def crps(ensemble, truth):
-    """Continuous ranked probability score, fair: E|X - y| - E|X - X'| / 2 with the members as a sample (Ferro
-    2014). (M, N, ...), (N, ...) -> (N, ...)
-
-    A missing member is left out, cell by cell; one member is a point forecast, scored by its absolute error.
-    """
+    """Fair continuous ranked probability score, (M, N, ...), (N, ...) -> (N, ...) (Ferro 2014): E|X - y| less
+    E|X - X'| / 2 of the members that are not missing, cell by cell; of one its absolute error."""
     M = np.isfinite(ensemble).sum(0)
     rank = np.arange(1, len(ensemble) + 1).reshape(-1, *[1] * truth.ndim)
     pairs = np.nansum((2 * rank - M - 1) * np.sort(ensemble, 0), 0)  # sum of |Xi - Xj|; NaN is sorted last
@@ -831,8 +790,7 @@ def crps(ensemble, truth):
 
 
 def spread_skill(ensemble, truth, axis, area=None):
-    """Spread, the root of the members' mean variance times (M + 1) / M, and RMSE of their mean: equal if
-    calibrated."""
+    """Root of the members' mean variance times (M + 1) / M, and RMSE of their mean: equal if calibrated."""
     M, seen = len(ensemble), np.isfinite(truth)
     spread = area_mean(np.where(seen, ensemble.var(0, ddof=1) * (M + 1) / M, np.nan), axis, area) ** 0.5
     return spread, area_mean((ensemble.mean(0) - truth) ** 2, axis, area) ** 0.5
@@ -848,11 +806,11 @@ def spread_ratio(ensemble, truth, area=None):
         return [ratio, *(np.quantile(others, (0.025, 0.975)) if others else ())]
 
 
-def rank_histogram(ensemble, truth, seed=0):
+def rank_histogram(ensemble, truth):
     """Share of each rank of the truth among the members, ties at random: flat if calibrated. (M + 1,)"""
     seen = np.isfinite(truth) & np.isfinite(ensemble).all(0)
     below, tied = (ensemble < truth).sum(0)[seen], (ensemble == truth).sum(0)[seen]
-    rank = below + np.random.default_rng(seed).integers(0, tied + 1)
+    rank = below + np.random.default_rng(0).integers(0, tied + 1)
     return np.bincount(rank, minlength=len(ensemble) + 1) / max(len(rank), 1)
 
 
@@ -883,20 +841,14 @@ def verify_ensemble(ensemble, truth, references, lead, least=-math.inf, g=np.asa
 # tables
 
 
-def number(value, sign=""):
-    """A value with four decimals, or with four significant digits where it is small or large."""
+def shown(value, unit=None, sign=""):
+    """A value, or an error in its unit: fractions as per cent or percentage points. - where there is none."""
     if value is None:
         return "-"
     digits = ".4g" if 0 < abs(value) < 0.1 else ".4f" if abs(value) < 1e4 else ".7g"
-    return f"{value:{sign}{digits}}"
-
-
-def shown(value, unit, sign="+"):
-    """An error in its unit: fractions as per cent or percentage points."""
-    formats = {"%": "{:S.1%}", "pt": "{:S.2f} pt", "dB": "{:S.2f} dB", "std": "{:S.3f} std", "": "{:S.4f}"}
-    if value is None:
-        return "-"
-    return formats[unit].replace("S", sign).format(100 * value if unit == "pt" else value)
+    digits = {"%": ".1%", "pt": ".2f", "dB": ".2f", "std": ".3f", "": ".4f"}.get(unit, digits)
+    text = f"{100 * value if unit == 'pt' else value:{sign}{digits}}"
+    return f"{text} {unit}" if unit in ("pt", "dB", "std") else text
 
 
 def print_rows(heading, rows, note="", columns=("samples", "held-out", "exact law")):
@@ -906,7 +858,7 @@ def print_rows(heading, rows, note="", columns=("samples", "held-out", "exact la
     print(f"\n{heading:<32}{columns}{'error':>12}   95 % interval of the error")
     for label, row in rows.items():
         sign = "+" if row["values"] else ""  # a distance has none
-        values = "".join(f" {number(v):>11}" for v in row["values"])
+        values = "".join(f" {shown(v):>11}" for v in row["values"])
         interval, within = "", "within sampling error" if row["within_sampling_error"] else ""
         if row["interval"]:
             low, high = (shown(v, row["unit"], sign) for v in row["interval"])
@@ -927,16 +879,15 @@ def print_ensemble(variable, scores):
     if members > 1:
         columns |= {"spread": "spread", "rmse": "RMSE of mean"}
         for label, key in ((f"in {units}", "spread_skill"), ("transformed", "spread_skill_transformed")):
-            ratio, *ends = (number(v) for v in scores[key])
+            ratio, *ends = (shown(v) for v in scores[key])
             interval = f", 95 % interval {ends[0]} .. {ends[1]}" if ends else ""
             print(f"  spread / error, {label:<14}{ratio}{interval}")
+        ranks = " ".join(f"{v * (members + 1):.2f}" for v in scores["rank_histogram"])
+        print(f"  share of each rank, times members + 1 (1.00 if calibrated): {ranks}")
     widths = {k: max(12, len(name) + 4) for k, name in columns.items()}
     print(f"  {'lead, h':>8}" + "".join(f"{columns[k]:>{n}}" for k, n in widths.items()))
     for i, lead in enumerate(scores["lead_hours"]):
-        print(f"  {lead:>8.4g}" + "".join(f" {number(scores[k][i]):>{n - 1}}" for k, n in widths.items()))
-    if members > 1:
-        ranks = " ".join(f"{v * (members + 1):.2f}" for v in scores["rank_histogram"])
-        print(f"  share of each rank, times members + 1 (1.00 if calibrated): {ranks}")
+        print(f"  {lead:>8.4g}" + "".join(f" {shown(scores[k][i]):>{n - 1}}" for k, n in widths.items()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -958,8 +909,7 @@ def save(path, image, **options):
 
 
 def scale_of(x, floor, mean=None):
-    """(low, high, palette, gamma): from a floor of 0 up (rain), else around the mean. gamma < 1 spreads the
-    low values."""
+    """(low, high, palette, gamma < 1 to spread low values): from a floor of 0 up, else around the mean."""
     x = x[np.isfinite(x)] if np.isfinite(x).any() else np.zeros(1)
     if floor == 0:
         return 0.0, float(np.quantile(x, 0.999)) or 1.0, RAIN, 0.5
@@ -1051,7 +1001,7 @@ def axis(values, log, start, stop):
         return np.log10(np.where(v > 0, v, np.nan)) if log else v
 
     def at(v):
-        return start + (np.clip(scaled(v), low, high) - low) / (high - low) * (stop - start)
+        return np.interp(scaled(v), (low, high), (start, stop))
 
     u = scaled(values)
     u = u[np.isfinite(u)] if np.isfinite(u).any() else np.zeros(1)
@@ -1074,10 +1024,9 @@ class Page:
         self.draw, self.panels = ImageDraw.Draw(self.image), 0
         write(self.draw, (12, 8), f"{variable.long_name or variable.name}: {heading}", 14)
         units, (unit, _, hours) = variable.units or "1", unit_of_time(layout)
-        held_out = curves["quantiles"]["held_out"]
-        self.curve(f"quantiles, {units}", f"held-out, {units}", held_out, curves["quantiles"])
-        waves = ("spatial", "cell", 1.0), ("temporal", unit, hours / layout.step_hours)
-        for which, what, per in waves:
+        q = curves["quantiles"]
+        self.curve(f"quantiles, {units}", f"held-out, {units}", q["held_out"], q)
+        for which, what, per in (("spatial", "cell", 1.0), ("temporal", unit, hours / layout.step_hours)):
             power = curves[f"{which}_power"]
             k = per * np.array(power["frequency"])
             self.curve(f"{which} power, ({units})^2", f"cycles per {what}", k, power, True, True)
@@ -1089,7 +1038,7 @@ class Page:
         write(self.draw, (x + 220, y + 12), title, 14, "mm")
         return x, y
 
-    def plot(self, title, xlabel, lines, logx=False, logy=False, band=None):
+    def plot(self, title, xlabel, lines, logx=False, logy=False, band=((), (), ())):
         """Lines (label, x, y, colour, whether as points); band (x, low, high) in grey."""
         x0, y0 = self.panel(title)
         left, right, top, bottom = x0 + 58, x0 + 380, y0 + 30, y0 + 285
@@ -1106,10 +1055,9 @@ class Page:
         for v in ymarks:
             self.draw.line((left, up(v), right, up(v)), fill=GREY)
             write(self.draw, (left - 5, up(v)), f"{v:.3g}", 11, "rm")
-        if band is not None:
-            x, low, high = band
-            if len(pixels(x, low)) > 1:
-                self.draw.polygon(pixels(x, low) + pixels(x, high)[::-1], fill=BAND)
+        x, low, high = band
+        if len(pixels(x, low)) > 1:
+            self.draw.polygon(pixels(x, low) + pixels(x, high)[::-1], fill=BAND)
         first = [y for _, y in pixels(*lines[0][1:3])] or [0]
         rises = first[-1] < first[0]  # labels go to the corner that is free; pixels count from the top
         for n, (label, x, y, colour, points) in enumerate(lines):
@@ -1127,7 +1075,7 @@ class Page:
         if "exact" in curve:
             lines.append(("exact law", x, curve["exact"], LAW, False))
         lines.append(("samples", x, curve["samples"], DRAWN, len(x) < 60))
-        self.plot(title, xlabel, lines, logx, logy, (x, *curve["band"]) if "band" in curve else None)
+        self.plot(title, xlabel, lines, logx, logy, (x, *curve.get("band", ((), ()))))
 
     def map(self, title, x, scale, label):
         """A field (H, W) with its colour bar."""
@@ -1169,9 +1117,8 @@ def ensemble_picture(path, scores, curves, variable, layout):
         lines = [(label, lead, scores[k], colour, len(lead) == 1) for label, k, colour in colours]
         page.plot(f"{title}, {units}", f"lead time, {unit}s", lines)
 
-    others = [k for k in scores if k.startswith("crps_")]
-    others = [(k[5:], k, colour) for k, colour in zip(others, (LAW, TRUTH))]
-    by_lead("CRPS", [("ensemble", "crps", DRAWN), *others])
+    keys = [k for k in scores if k.startswith("crps")]
+    by_lead("CRPS", [(k[5:] or "ensemble", k, colour) for k, colour in zip(keys, (DRAWN, LAW, TRUTH))])
     if members > 1:
         by_lead("spread and error", [("spread", "spread", DRAWN), ("RMSE of the mean", "rmse", TRUTH)])
         share, rank = np.array(scores["rank_histogram"]) * (members + 1), np.arange(members + 1)
@@ -1185,20 +1132,19 @@ def ensemble_picture(path, scores, curves, variable, layout):
 # the script
 
 
-def picture_rows(x, problem, codec, members, channel, count=6):
+def picture_rows(x, problem, codec, members, channel):
     """(label, fields (T, H, W), known (T,)) of what the pictures show: what is given, truth, draws."""
-    known = (problem.mask[:count, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)
+    known = (problem.mask[:2, 0].flatten(2).amin(-1) > 0).numpy() & (problem.factor == 1)
     known = known.repeat(codec.span, 1)  # (R, T)
     if not problem.mask.any():
-        return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(count, len(x)))]
+        return [(f"clip {i}", x[i, channel], known[0]) for i in range(min(6, len(x)))]
     given, unseen, rows = problem.given(codec), problem.unseen(codec), []
-    for r in range(min(2, len(known))):
+    for r in range(len(known)):
         rows.append(("given", given[r, channel], known[r]))
         if unseen is not None:
             rows.append(("truth", problem.truth[r, channel], known[r]))
         for m in range(min(members, 3)):
-            label = f"draw {m}" if members > 1 else "drawn"
-            rows.append((label, x[r * members + m, channel], known[r]))
+            rows.append((f"draw {m}" if members > 1 else "drawn", x[r * members + m, channel], known[r]))
     return rows
 
 
@@ -1213,10 +1159,9 @@ def write_results(c, model, problem, x, history, folder):
     for i, variable in enumerate(model.codec.variables):
         rows = picture_rows(x, problem, model.codec, c.members, i)
         stem = f"samples_{variable.name}" if i else "samples"
-        names = [f"{stem}.png", f"{stem}.gif"]
-        contact_sheet(folder / names[0], rows, variable, layout, lead)
-        animation(folder / names[1], rows, variable, layout)
-        written += names
+        contact_sheet(folder / f"{stem}.png", rows, variable, layout, lead)
+        animation(folder / f"{stem}.gif", rows, variable, layout)
+        written += [f"{stem}.png", f"{stem}.gif"]
     return written
 
 
@@ -1274,7 +1219,7 @@ def verify_sequences(x, variable, windows, trained, how):
     print_rows(f"last {part} frames against the first", out["drift"], columns=("last", "first"))
     if len(windows) > 1:
         out["joins"] = correlation_at_joins(variable.encode(x), windows)
-        numbers = ", ".join(f"{number(v)} {where}" for where, v in out["joins"].items())
+        numbers = ", ".join(f"{shown(v)} {where}" for where, v in out["joins"].items())
         print(f"  correlation with the frame before: {numbers}")
     return out
 
@@ -1335,21 +1280,19 @@ def load_model(c):
     what = f"{c.out_dir} holds an autoencoder: train a model of its latents, train.py --vae={c.out_dir}"
     require(model.settings.network != "vae", what)
     dataset = model.settings.dataset
-    builtin = dataset in ("climate", "gaussian")
-    cells = model.settings.coarsen == 1 or model.told_block
+    builtin, fields, means = dataset in ("climate", "gaussian"), model.conditions.channels, model.told_block
+    cells = model.settings.coarsen == 1 or means
     require(cells or not c.exact, "--exact=true knows the law of cells, not of the means of --coarsen")
     require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
-    is_told = model.conditions.channels or model.told_block
-    what = "--guidance_scale needs a checkpoint of train.py with --condition"
-    require(is_told or c.guidance_scale == 1, what)
-    emulates = model.conditions.channels and not model.told_block
+    told = fields or means or c.guidance_scale == 1
+    require(told, "--guidance_scale needs a checkpoint of train.py with --condition")
     what = "--input belongs to another --task than generate, or to a model that is told fields (--condition)"
-    what = "refine --input with --task=superres" if model.told_block else what
-    require(not c.input or c.task != "generate" or emulates, what)
+    what = "refine --input with --task=superres" if means else what
+    require(not c.input or c.task != "generate" or (fields and not means), what)
     latent = c.task in ("inpaint", "superres") and model.settings.vae
     require(not latent, f"--task={c.task} needs cells, and this is a model of latents, which know frames")
-    other = c.task == "superres" and model.told_block not in (0, c.factor)
-    require(not other, f"this upsampler is told means of --factor={model.told_block} cells, not {c.factor}")
+    other = c.task == "superres" and means not in (0, c.factor)
+    require(not other, f"this upsampler is told means of --factor={means} cells, not {c.factor}")
     if not builtin:
         print(f"data      {dataset}, as {c.out_dir}/ckpt.pt names it")
     if compiled:
@@ -1358,9 +1301,8 @@ def load_model(c):
 
 
 def draw_all(c, sampler, folder, digest, rank, world):
-    """Draw what is missing, ranks of torchrun share it; rank 0 gets (clips on disk, folder of the parts),
-    others None. Finished samples are parts on disk: an interrupted run goes on with the first batch that is
-    not whole."""
+    """Draw the samples into parts-*/NNNNNN.pt, ranks of torchrun share them; rank 0 gets (clips on disk,
+    folder of the parts), others None. An interrupted run goes on with the first batch that is not whole."""
     parts = folder / f"parts-{fingerprint(c, digest)}"
     parts.mkdir(parents=True, exist_ok=True)
     numbers, size = range(c.num_samples), min(c.batch_size, math.ceil(c.num_samples / world))
@@ -1371,8 +1313,16 @@ def draw_all(c, sampler, folder, digest, rank, world):
         torch.distributed.barrier()
     if done and rank == 0:
         print(f"{done} of {c.num_samples} samples are done already")
-    begin = time.perf_counter()
-    sampler.run(parts, missing[rank::world], rank)
+    begin, mine = time.perf_counter(), missing[rank::world]
+    total = sum(map(len, mine)) * (len(sampler.grid) - 1) * len(sampler.problem.windows)
+    with tqdm(total=total, desc="sampling", unit="step", disable=rank > 0) as bar:
+        for indices in mine:
+            clips = sampler.draw(indices, bar.update)
+            if not clips.isfinite().all():
+                raise RuntimeError("the samples are not finite: use more --steps or --clip=true")
+            for i, x in zip(indices, clips.cpu()):
+                with data.replacing(parts / f"{i:06d}.pt") as f:
+                    torch.save(x.clone(), f)  # np.save would not notice a full disk
     if world > 1:
         torch.distributed.barrier()
     if missing and rank == 0:
@@ -1392,8 +1342,8 @@ def main(argv=None):
     law, emerging = None, model.sampling_levels
     if c.exact:
         law = BoxLaw.of(model.settings.frames, model.settings.size)
-        emerging = diffusion.Levels("logsnr", *law.emergence(margin=5.0))
         law = law.map(lambda a: a.to(model.denoiser.gaussian.mean.device))
+        emerging = diffusion.Levels("logsnr", *law.emergence(margin=5.0))
     require(c.input or "select" not in given, "--select belongs to --input")
     what = "--augment_logsnr belongs to an upsampler (train.py --condition=coarse)"
     require(model.told_block or "augment_logsnr" not in given, what)
@@ -1404,10 +1354,6 @@ def main(argv=None):
         model.record.extent()  # if the data are gone nothing has been drawn yet; --verify=false needs none
     if law:  # nothing is known of the box
         problem.y = problem.mask = torch.zeros(()).expand(c.num_samples, *law.variances.shape)
-    whole = problem.factor > 1 or c.task in ("encode", "morph") or c.obs_std > 0
-    what = "superres, encode, morph and --obs_std belong to a single window of frames"
-    advice = f"use --frames={problem.hours.shape[1]} or a shorter --length"
-    require(not whole or len(problem.windows) == 1, f"{what}: {advice}")
     folder = Path(c.out_dir) / "samples"
     command = " ".join(["sample.py", *(sys.argv[1:] if argv is None else argv)])
     name = sampler_of(c, bool(problem.mask.any()) and problem.imposed)
