@@ -130,8 +130,8 @@ def rings(power):
 def rain_law(size, frames, levels, dry=0.01):
     """Exact statistics of `climate` over whole years, all cells together, by name: mean, std, dry (share of
     values up to `dry` mm/h), quantiles at the levels (below 1), autocorrelation at lags 0 .. frames - 1,
-    spatial_power (see rings), temporal_power (|rfft|^2 / frames without the mean), and map, the mean of every
-    cell (size, size)."""
+    spatial_power (see rings), temporal_power (|rfft|^2 / frames without the mean), and the mean of every
+    frame (frames,) and of every cell, map (size, size)."""
     p, a = RATE * orography(size).astype(np.float64), rain_coefficients()
     low, high = np.zeros(len(levels)), np.full(len(levels), p.max() * 10**POWER)
     for _ in range(60):  # bisection
@@ -149,6 +149,7 @@ def rain_law(size, frames, levels, dry=0.01):
         "std": math.sqrt(variance),
         "dry": rain_cdf([dry], size).mean(),
         "quantiles": high.round(9),
+        "frames": np.full(frames, mean.mean()),
         "map": mean,
         "autocorrelation": (in_time - mean.mean() ** 2) / variance,
         "spatial_power": rings(in_space)[1],

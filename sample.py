@@ -535,6 +535,7 @@ STATISTICS = [  # (label, unit of the error, what `statistics` returns -> number
 DISTANCES = [  # (label, unit, what `statistics` returns -> array, sizes of differences and weights -> error)
     ("spatial power, distance", "dB", lambda s: 10 * np.log10(s["spatial_power"]), rms),
     ("temporal power, distance", "dB", lambda s: 10 * np.log10(s["temporal_power"]), rms),
+    ("mean |bias| per frame", NATURAL, lambda s: s["frames"], lambda d, w: area_mean(d, None)),
     (BIAS, NATURAL, lambda s: s["map"], lambda d, w: area_mean(d, None, w)),
 ]
 
@@ -580,6 +581,8 @@ def tally(x, edges, wet, weights, centre):
         "sum": (w * a).sum(),
         "square": (w * a**2).sum(),
         "dry": (w * (x <= wet)).sum(),
+        "frame": (w * a).sum((0, 2, 3)),  # (T,)
+        "frame_count": w.sum((0, 2, 3)),
         "cell": a.sum((0, 1)),  # (H, W)
         "cell_count": valid.sum((0, 1)),
         "at": np.bincount(np.searchsorted(edges, x[valid]), w[valid], len(edges)),
@@ -599,6 +602,7 @@ def statistics(S, edges, wet, weights, centre):
         "mean": m + centre,
         "std": np.sqrt(variance),
         "dry": np.full(int(np.isfinite(wet)), S["dry"] / S["count"]),  # empty for a variable without a floor
+        "frames": S["frame"] / S["frame_count"] + centre,  # (T,)
         "map": S["cell"] / S["cell_count"] + centre,  # (H, W)
         "quantiles": np.interp(LEVELS, S["at"].cumsum() / S["count"], edges),
         "returns": np.interp(1 - 1 / np.array(RETURNS), S["maxima"].cumsum() / S["maxima"].sum(), edges),

@@ -2246,6 +2246,12 @@ def test_one_row_adds_a_statistic(rain_pair, monkeypatch, capsys):
     assert "  variation  " in capsys.readouterr().out
 
 
+def test_frames_that_are_wetter_than_others_are_seen(rain_pair):
+    wet_end = rain_pair[1] * np.array([1, 1, 1, 1, 1, 2])[:, None, None]
+    rows = sample.compare(wet_end, rain_pair[1], 0.0)["rows"]
+    assert rows["mean |bias| per frame"]["error"] == pytest.approx(1 / 6)
+
+
 def test_clips_too_short_for_a_row_have_none_of_it(rain_pair):
     rows = sample.compare(*(x[:, :2] for x in rain_pair), 0.0)["rows"]
     assert "autocorrelation, lag 1" in rows and "autocorrelation, lag 3" not in rows
@@ -2295,6 +2301,8 @@ def test_the_exact_law_of_the_rain_has_the_names_of_the_statistics():
     assert {"mean", "standard deviation", "dry fraction", "quantile 0.9999", "autocorrelation, lag 3"} <= told
     assert result["curves"]["spatial_power"]["exact"] == pytest.approx(law["spatial_power"])
     np.testing.assert_allclose(result["bias_map"], samples.mean((0, 1)) / law["map"] - 1, rtol=1e-3)
+    by_frame = np.abs(samples.mean((0, 2, 3)) / law["mean"] - 1).mean()
+    assert result["rows"]["mean |bias| per frame"]["error"] == pytest.approx(by_frame)
 
 
 # sampling errors

@@ -108,6 +108,7 @@ COLUMNS = {  # of verify.json
     "space": "spatial power, distance",
     "time": "temporal power, distance",
     "|bias|": "mean |bias| beyond sampling",
+    "frames": "mean |bias| per frame",
 }
 ENSEMBLES = {"forecast": "--task=forecast", "interpolate": "--task=interpolate --sampler=dpmpp"}
 MEMBERS = "--members=16 --num_samples=1024 --steps=16"  # 64 conditions
