@@ -141,11 +141,6 @@ def boolean(text):
     return text.lower() == "true"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help lists the settings)")
-
-
 def read_settings(script):
     """The block between the first two rulers of a script: [(name, default, comment, rules)] of its lines."""
     block = re.split(r"(?m)^# -{20,}$", Path(script).read_text())[1]
@@ -167,14 +162,14 @@ def configure(script, argv=None):
     Types come from the defaults, choices and ranges from the brackets. Raises InputError.
     """
     settings, doc = read_settings(script), Path(script).read_text().split('"""')[1]
-    parser = Parser(Path(script).name, description=doc, allow_abbrev=False)
+    parser = argparse.ArgumentParser(Path(script).name, description=doc, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = lambda message: require(False, f"{message} (--help lists the settings)")
     for name, default, comment, _ in settings:
         kind = boolean if isinstance(default, bool) else type(default)
-        names = re.sub(
-            r"of (data|diffusion)\.(\w+)", lambda m: ", ".join(getattr(globals()[m[1]], m[2])), comment
-        )
-        about = {"help": f"{names}, default {default!r}".replace("%", "%%"), "metavar": kind.__name__}
+        for module, table in re.findall(r"of (data|diffusion)\.(\w+)", comment):
+            comment = comment.replace(f"of {module}.{table}", ", ".join(getattr(globals()[module], table)))
+        about = {"help": f"{comment}, default {default!r}".replace("%", "%%"), "metavar": kind.__name__}
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, **about)
     given = vars(parser.parse_args(argv))
     c = SimpleNamespace(**{name: default for name, default, _, _ in settings} | given)
