@@ -355,10 +355,6 @@ class Model:
         """Cells along the side of a block whose means an upsampler is told; 0 if this is none."""
         return self.settings.coarsen if "coarse" in told_names(self.settings) else 0
 
-    @property
-    def told_channels(self):
-        return self.conditions.channels + (self.told_block > 0) * (len(self.layout.names) + 1)
-
     def tell_coarse(self, clips, logsnr, generator):
         """What an upsampler is told of physical clips (B, C, T, H, W), or of their block means as they are.
 
@@ -406,10 +402,9 @@ class Model:
         settings, codec = SimpleNamespace(**checkpoint["settings"]), data.Codec.load(checkpoint["codec"])
         if "latents" in checkpoint["codec"]:
             codec = LatentCodec.load(codec, checkpoint["codec"])
-        network = NETWORKS[settings.network](Config(**checkpoint["config"]))
-        gaussian = diffusion.Gaussian(**checkpoint["gaussian"])
-        network.load_state_dict(checkpoint[weights] or checkpoint["ema"])  # nothing was evaluated yet
-        denoiser = make_denoiser(network, gaussian, codec, settings, dtype)
+        config, gaussian = Config(**checkpoint["config"]), diffusion.Gaussian(**checkpoint["gaussian"])
+        denoiser = make_denoiser(config, gaussian, codec, settings, dtype)
+        denoiser.network.load_state_dict(checkpoint[weights] or checkpoint["ema"])  # none evaluated yet
         parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions(checkpoint["conditions"])
         return cls(denoiser, *parts, checkpoint["extent"], settings)
 
@@ -453,7 +448,8 @@ def open_autoencoder(c, record, clips):
     return codec
 
 
-def make_denoiser(network, gaussian, codec, c, dtype):
+def make_denoiser(config, gaussian, codec, c, dtype):
+    network = NETWORKS[c.network](config)
     network.checkpoint_activations = c.checkpoint_activations
     frames = c.frames // codec.span
     return Denoiser(network, gaussian, c.param, frames, codec.low, c.linear_skip, dtype, codec.valid)
@@ -479,22 +475,20 @@ def fit(record, starts, c, dtype):
         return codec.encode(data.read_clips(record, some, c.frames))
 
     if not c.vae and not codec.complete:
-        print(
-            "missing   values are filled with draws of the law that is fitted to them: this may take minutes"
-        )
+        print("missing   values are filled with draws of the law fitted to them: this may take minutes")
     gaussian = diffusion.Gaussian.fit(DataLoader(parts, None, collate_fn=encoded))  # read many times
     wrap_x = record.layout.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
-    torch.manual_seed(c.seed)
     mults, C = tuple(map(int, c.mults.split(","))), len(gaussian.mean)
-    model = Model(None, record.layout, codec, conditions, record.extent(), c)
-    shown = 2 * C * c.linear_skip + model.told_channels
+    coarse = ("coarse" in told_names(c)) * (len(record.layout.names) + 1)
+    shown = 2 * C * c.linear_skip + conditions.channels + coarse
     numbers = C * c.time_patch * c.patch**2
     fewer = c.network != "vae" or c.latents <= numbers
     require(fewer, f"--latents={c.latents} are more than the {numbers} numbers of a patch")
     sizes = {"time_patch": c.time_patch, "latents": c.latents, "wrap_x": wrap_x}
-    network = NETWORKS[c.network](Config(C, shown, c.width, mults, c.blocks, c.patch, **sizes))
-    model.denoiser = make_denoiser(network, gaussian, codec, c, dtype)
-    return model
+    torch.manual_seed(c.seed)
+    config = Config(C, shown, c.width, mults, c.blocks, c.patch, **sizes)
+    denoiser = make_denoiser(config, gaussian, codec, c, dtype)
+    return Model(denoiser, record.layout, codec, conditions, record.extent(), c)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -887,11 +881,10 @@ def peak_flops(device, dtype):
 @torch.no_grad()
 def peak_share(run):
     """What one clip a second is of the machine's peak; a training step is three times its forward pass."""
-    clip = torch.zeros(1, *run.model.denoiser.gaussian.variances.shape, device=run.device)
-    cond = torch.zeros(1, run.model.told_channels, *clip.shape[2:], device=run.device)
+    batch = run.held_out[run.c.seed + 1, 0, 0].to(run.device)
     with FlopCounterMode(display=False) as counter:
-        run.ema.network(clip, clip) if run.c.network == "vae" else run.ema(clip, clip.new_zeros(1), cond)
-    return 3 * counter.get_total_flops() / peak_flops(run.device, run.ema.dtype) / run.world
+        loss_of(run.ema, batch, run.model)
+    return 3 * counter.get_total_flops() / len(batch.x) / peak_flops(run.device, run.ema.dtype) / run.world
 
 
 def train_until_done(run, received):
