@@ -26,7 +26,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -539,24 +539,25 @@ class Clips(Dataset):
         if not torch.equal(x.isnan(), land.expand_as(x)):
             return law.fill(x, law.draw(x, generator))
 
-        def keep(key, make):
-            value = self.kept.get((key, x.shape[2]))
-            if value is None:
-                value = make()
-                if (1 + len(self.kept)) * value.nbytes < data.MEMORY:
-                    self.kept[key, x.shape[2]] = value
-            return value
+        nothing = torch.zeros_like(x[:1]).masked_fill(land, torch.nan)
 
-        def mean(i):
-            return law.fill(x[i : i + 1], law.mean.expand_as(x[:1]))
+        def mean(clip):
+            return law.fill(clip, law.mean.expand_as(clip))
 
         def rest(i):
-            nothing = torch.zeros_like(x[:1]).masked_fill(land, torch.nan)
             return law.fill(nothing, law.draw(nothing, torch.Generator().manual_seed(i)) - law.mean)
 
+        def kept(key, make, of):
+            if (key, x.shape[2]) in self.kept:
+                return self.kept[key, x.shape[2]]
+            value = make(of)
+            if (1 + len(self.kept)) * value.nbytes < data.MEMORY:
+                self.kept[key, x.shape[2]] = value
+            return value
+
         which = torch.randint(RESTS, (len(x),), generator=generator).tolist()
-        means = [keep(start, partial(mean, i)) for i, start in enumerate(starts.tolist())]
-        return torch.cat([m + keep(-1 - i, partial(rest, i)) for m, i in zip(means, which)])
+        drawn = zip(starts.tolist(), x.split(1), which)
+        return torch.cat([kept(start, mean, clip) + kept(-1 - i, rest, i) for start, clip, i in drawn])
 
     def __getitem__(self, stream):
         s, conditions = self.model.settings, self.model.conditions
@@ -618,21 +619,18 @@ def autoencoder_loss(denoiser, batch):
     """-ELBO and its KL part, (B,) each, in nats per entry of the field."""
     with denoiser.autocast(batch.x):
         reconstruction, kl = denoiser.network(batch.x, batch.eps)
-    mask = torch.ones_like(batch.x) if batch.mask is None else batch.mask
-    size = mask.flatten(1).sum(1).clamp(min=1)
+    size = diffusion.masked_sum(torch.ones_like(batch.x), batch.mask).clamp(min=1)
     kl = kl.flatten(1).sum(1) / size
-    return (reconstruction * mask).flatten(1).sum(1) / size + kl, kl
+    return diffusion.masked_sum(reconstruction, batch.mask) / size + kl, kl
 
 
 def means(results, network):
     """(mean loss, {'lo..hi': mean squared v-error by bin of log-SNR}) of a list of (loss, v-error, logsnr);
     of an autoencoder the two parts of its loss."""
-    loss, v_error, logsnr = (torch.cat(part).detach().cpu() for part in zip(*results))
+    loss, v_error, logsnr = (torch.cat(part).cpu() for part in zip(*results))
     if network == "vae":
-        return loss.mean().item(), {
-            "reconstruction": (loss - v_error).mean().item(),
-            "kl": v_error.mean().item(),
-        }
+        parts = {"reconstruction": loss - v_error, "kl": v_error}
+        return loss.mean().item(), {name: part.mean().item() for name, part in parts.items()}
     which, edges = torch.bucketize(logsnr, torch.tensor(BINS)), ["", *map(str, BINS), ""]
     rows = {f"{edges[i]}..{edges[i + 1]}": v_error[which == i].mean().item() for i in which.unique().tolist()}
     return loss.mean().item(), {name: float(f"{value:.4g}") for name, value in rows.items()}
@@ -655,8 +653,8 @@ def keep_best(run):
     alone = [] if run.c.network == "vae" else [run.ema.linear]
     (loss, bins), (least, _), *gaussian = evaluate(run, run.ema, run.best, *alone)
     if not math.isfinite(loss):
-        what = f"held-out loss not finite at step {run.step}, which is not saved"
-        raise RuntimeError(f"{what}: lower --learning_rate")
+        hint = "which is not saved: lower --learning_rate"
+        raise RuntimeError(f"held-out loss not finite at step {run.step}, {hint}")
     line, text = {"val_loss": loss, "val_bins": bins}, f"held-out loss {loss:.4f}"
     if gaussian:
         line["gaussian_bins"] = gaussian[0][1]
@@ -701,7 +699,7 @@ def print_likelihoods(run):
             return run.best.denoise(z, logsnr, None if cond is None else cond[: len(z)])
 
         t = diffusion.stratified_times(len(x), generator)
-        size = (torch.ones_like(x) if mask is None else mask).flatten(1).sum(1)
+        size = diffusion.masked_sum(torch.ones_like(x), mask)
         ends = diffusion.prior_kl(x, lo, mask) + diffusion.reconstruction_nll(size, hi)
         discrete = ends + diffusion.discrete_nll(denoise, x, t, eps, chain, mask)
         nats = {f"discrete bound, T = {BOUND_STEPS}": discrete}
