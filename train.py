@@ -751,21 +751,15 @@ def inherit(c, settings, given, rules):
         setattr(c, key, new)
 
 
-def start(c, given, rules):
-    """The run that the settings ask for, new or resumed: what is trained, by what, on what, how far it is."""
+def start(c, checkpoint):
+    """The run that the settings or a checkpoint ask for: what is trained, by what, on what, how far it is."""
     rank, world = start_ranks(c)
-    model, checkpoint = None, None
-    if c.init_from == "resume" or c.eval_only:
-        checkpoint = load_checkpoint(Path(c.out_dir) / "ckpt.pt")
-        with fitting():
-            inherit(c, checkpoint["settings"], given, rules)
-        check_owners(c, given, rules)
-        check(c)
     steps = c.gradient_accumulation_steps
     require(steps % world == 0, f"--gradient_accumulation_steps={steps} is no multiple of the {world} ranks")
     require(world == 1 or c.network != "vae", "--network=vae is trained in one process, without torchrun")
     check_room(c)
     device, dtype, compiled = pick_device(c)
+    model = None
     if checkpoint:
         with fitting():
             model = Model.load(checkpoint | {"settings": vars(c)}, dtype, "model")
@@ -802,8 +796,7 @@ def start(c, given, rules):
                 run.best.network.load_state_dict(checkpoint["best"])
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         for p, moments in run.optimizer.state.items():  # a fused optimiser pairs entries by place in memory
-            same = {k: v for k, v in moments.items() if v.shape == p.shape}
-            moments |= {k: torch.empty_like(p).copy_(v) for k, v in same.items()}
+            moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape}
     if compiled and c.network != "vae":
         model.denoiser.network.compile_blocks()
     return run
@@ -931,10 +924,9 @@ def train(run):
     with locked(out) if run.rank == 0 else nullcontext():
         if run.rank == 0:
             check_folder(run.c, run.digest)  # again: another process may have had it meanwhile
-            run.log = out / "log.jsonl"
-            if run.log.exists() and not run.digest:  # that of a run to be replaced, until it is
-                run.log = out / "log.new.jsonl"
-            keep_log(run.log, run.step if run.digest else -1)
+            replaces = not run.digest and (out / "log.jsonl").exists()  # the log of another run, until saved
+            run.log = out / ("log.new.jsonl" if replaces else "log.jsonl")
+            keep_log(run.log, run.step)  # of a new run none
             million, dtype = sum(p.numel() for p in run.ema.parameters()) / 1e6, str(run.ema.dtype)[6:]
             print(f"network   {million:.1f} M parameters on {run.world} x {run.device} in {dtype}")
         kinds = {getattr(signal, n, signal.SIGTERM) for n in ("SIGINT", "SIGTERM", "SIGHUP")}
@@ -956,10 +948,13 @@ def train(run):
 
 def main(argv=None):
     c, given, rules = configure(__file__, argv)
-    if c.init_from != "resume" and not c.eval_only:  # else the checkpoint says to what they belong
-        check_owners(c, given, rules)
+    c.out_dir, checkpoint = str(Path(c.out_dir).expanduser()), None
+    if c.init_from == "resume" or c.eval_only:
+        checkpoint = load_checkpoint(Path(c.out_dir) / "ckpt.pt")
+        with fitting():
+            inherit(c, checkpoint["settings"], given, rules)
+    check_owners(c, given, rules)
     check(c)
-    c.out_dir = str(Path(c.out_dir).expanduser())
     if c.describe:
         check_room(c)
         record = open_data(c)
@@ -968,7 +963,7 @@ def main(argv=None):
         return print(*record.notes, data.describe(record, codec, *starts, c.frames), sep="\n")
     if not c.eval_only:
         check_folder(c)
-    run = start(c, given, rules)
+    run = start(c, checkpoint)
     if c.eval_only and run.rank == 0:
         print_likelihoods(run)
     elif not c.eval_only and (stop := train(run)):
