@@ -22,11 +22,12 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -468,15 +469,13 @@ def fit(record, starts, c, dtype):
     values = len(record.layout.names) * c.frames * math.prod(record.layout.size)
     chosen = data.thin(starts, max(20, min(5000, 40_000_000 // values)))
     parts = np.array_split(chosen, min(len(chosen), max(1, len(chosen) * values // 1_000_000)))
+    read = partial(data.read_clips, record, frames=c.frames)
     if c.vae:
-        codec = open_autoencoder(c, record, [data.read_clips(record, some, c.frames) for some in parts[:20]])
-
-    def encoded(some):
-        return codec.encode(data.read_clips(record, some, c.frames))
-
-    if not c.vae and not codec.complete:
+        codec = open_autoencoder(c, record, [read(some) for some in parts[:20]])
+    elif not codec.complete:
         print("missing   values are filled with draws of the law fitted to them: this may take minutes")
-    gaussian = diffusion.Gaussian.fit(DataLoader(parts, None, collate_fn=encoded))  # read many times
+    batches = DataLoader(parts, None, collate_fn=lambda some: codec.encode(read(some)))
+    gaussian = diffusion.Gaussian.fit(batches)  # which reads them many times
     wrap_x = record.layout.wraps() if c.wrap_x == "auto" else c.wrap_x == "true"
     mults, C = tuple(map(int, c.mults.split(","))), len(gaussian.mean)
     coarse = ("coarse" in told_names(c)) * (len(record.layout.names) + 1)
@@ -639,12 +638,11 @@ def means(results, network):
 @torch.no_grad()
 def evaluate(run, *denoisers):
     """[(mean loss, v-error by bin)] of denoisers on held-out clips with fixed times and noise."""
-    results = [[] for _ in denoisers]
+    results = []
     for i in range(run.c.eval_iters):
         batch = run.held_out[run.c.seed + 1, 0, i].to(run.device)
-        for denoiser, found in zip(denoisers, results):
-            found.append((*loss_of(denoiser, batch, run.model), batch.logsnr))
-    return [means(found, run.c.network) for found in results]
+        results.append([(*loss_of(denoiser, batch, run.model), batch.logsnr) for denoiser in denoisers])
+    return [means(found, run.c.network) for found in zip(*results)]
 
 
 def keep_best(run):
@@ -861,11 +859,7 @@ def agreed(run, received):
 def peak_flops(device, dtype):
     """Floating point operations a second of a 3 x 3 convolution: what the machine can do."""
     x, kernel = (torch.randn(s).to(device, dtype) for s in ((16, 256, 32, 32), (256, 256, 3, 3)))
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        torch.conv2d(x, kernel, padding=1).sum().item()
-        seconds.append(time.perf_counter() - begin)
+    seconds = timeit.repeat(lambda: torch.conv2d(x, kernel, padding=1).sum().item(), repeat=3, number=1)
     return 2 * kernel.numel() * 16 * 32 * 32 / min(seconds)
 
 
