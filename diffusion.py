@@ -104,10 +104,8 @@ class Levels:
     def log_density(self, logsnr):
         """log p(logsnr) of the log-SNRs that uniform t gives, = -log |dlogsnr / dt|, float64, any shape."""
         start, end, offset = self.ends()
-        with torch.enable_grad():
-            l = torch.as_tensor(logsnr, dtype=torch.float64, device="cpu").detach() - offset
-            l.requires_grad_()
-            slope = torch.autograd.grad(SCHEDULES[self.schedule][0](l).sum(), l)[0]
+        l = torch.as_tensor(logsnr, dtype=torch.float64, device="cpu") - offset
+        slope = torch.func.grad(lambda l: SCHEDULES[self.schedule][0](l).sum())(l)
         return torch.log(-slope / (end - start))
 
     def grid(self, num_steps):
@@ -201,10 +199,6 @@ class Gaussian:
         basis = cls(mean, total, axes)
         variances = sum((basis.modes(x - mean) ** 2).sum(0) for x in batches) / count
         return cls(mean, variances.clamp(min=LEAST), axes)
-
-    def state(self):
-        """Tensors and plain values, as the arguments of Gaussian."""
-        return dict(vars(self))
 
     def map(self, f):
         """The same law with f done to every tensor."""

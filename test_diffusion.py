@@ -3385,7 +3385,7 @@ def test_an_ensemble_of_exact_forecasts_is_calibrated(workplace, tmp_path, monke
     monkeypatch.setattr(data, "SEASONS", 80)
     kept = learn(tmp_path, "dataset=gaussian size=6 patch=2 max_iters=1" + STILL)
     law = exact_law(4, 6, data.Codec.load(kept["codec"]).variables[0]).map(lambda a: a.float())
-    torch.save(kept | {"gaussian": law.state()}, tmp_path / "ckpt.pt")
+    torch.save(kept | {"gaussian": vars(law)}, tmp_path / "ckpt.pt")
     got = drawn(tmp_path, "task=forecast members=8 num_samples=640 batch_size=640 steps=16 verify=true")
     scores, C = got.report["z"]["ensemble"], gaussian_covariance(4, 6)
     assert abs(scores["spread_skill"][0] - 1) < 0.1

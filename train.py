@@ -24,7 +24,7 @@ import sys
 import time
 import timeit
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property, partial
@@ -215,8 +215,7 @@ def check(c):
     coarse = "coarse" in told_names(c)
     require(not coarse or c.coarsen > 1, "--condition=coarse needs the size of blocks, --coarsen=4")
     require(not coarse or not c.vae, "--condition=coarse and --vae exclude each other")
-    wrong = "--network=vae and --vae exclude each other: one is trained first"
-    require(c.network != "vae" or not c.vae, wrong)
+    require(c.network != "vae" or not c.vae, "--network=vae and --vae exclude each other: train one first")
     require(c.network != "vae" or not c.condition, "--network=vae is told nothing: leave --condition out")
     require(not c.vae or c.transform == "auto", f"--transform is that of --vae={c.vae}: leave it out")
     require(c.min_frames <= c.frames, f"--min_frames={c.min_frames} is more than --frames={c.frames}")
@@ -393,7 +392,7 @@ class Model:
         """Tensors and plain values, for load."""
         parts = {name: getattr(self, name).state() for name in ("layout", "codec", "conditions")}
         network, gaussian = self.denoiser.network, self.denoiser.gaussian
-        parts |= {"config": asdict(network.config), "gaussian": gaussian.state()}
+        parts |= {"config": asdict(network.config), "gaussian": vars(gaussian)}
         return parts | {"extent": self.extent, "settings": vars(self.settings)}
 
     @classmethod
@@ -537,7 +536,6 @@ class Clips(Dataset):
         law, land = self.gaussian.frames(x.shape[2]), self.model.codec.valid == 0
         if not torch.equal(x.isnan(), land.expand_as(x)):
             return law.fill(x, law.draw(x, generator))
-
         nothing = torch.zeros_like(x[:1]).masked_fill(land, torch.nan)
 
         def mean(clip):
@@ -915,22 +913,20 @@ def train_until_done(run, received):
 def train(run):
     """Train in out_dir, held for this process; the signal that stopped it, or 0."""
     out, received = Path(run.c.out_dir), []
-    with locked(out) if run.rank == 0 else nullcontext():
+    with ExitStack() as stack:
         if run.rank == 0:
+            stack.enter_context(locked(out))
             check_folder(run.c, run.digest)  # again: another process may have had it meanwhile
             replaces = not run.digest and (out / "log.jsonl").exists()  # the log of another run, until saved
             run.log = out / ("log.new.jsonl" if replaces else "log.jsonl")
             keep_log(run.log, run.step)  # of a new run none
             million, dtype = sum(p.numel() for p in run.ema.parameters()) / 1e6, str(run.ema.dtype)[6:]
             print(f"network   {million:.1f} M parameters on {run.world} x {run.device} in {dtype}")
-        kinds = {getattr(signal, n, signal.SIGTERM) for n in ("SIGINT", "SIGTERM", "SIGHUP")}
-        kinds = [kind for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        handlers = [signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds]
-        try:  # training ends after the step it is in
-            stop = train_until_done(run, received)
-        finally:
-            for kind, handler in zip(kinds, handlers):
-                signal.signal(kind, handler)
+        for kind in {getattr(signal, n, signal.SIGTERM) for n in ("SIGINT", "SIGTERM", "SIGHUP")}:
+            if signal.getsignal(kind) != signal.SIG_IGN:  # as nohup does with SIGHUP
+                handler = signal.signal(kind, lambda number, frame: received.append(number))
+                stack.callback(signal.signal, kind, handler)  # at the end
+        stop = train_until_done(run, received)  # a signal ends it after the step it is in
     if stop and run.rank == 0:
         hint = "continue with --init_from=resume"
         print(f"stopped by signal {int(stop)} at step {run.step}; {hint}", file=sys.stderr)
