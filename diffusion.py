@@ -19,7 +19,6 @@ from itertools import islice
 
 import torch
 from torch.nn.functional import avg_pool3d, logsigmoid, softplus
-from torch.nn.functional import interpolate as interpolate_nearest
 
 # ------------------------------------------------------------------------------------------------------------
 # the forward process
@@ -514,8 +513,7 @@ def sample(denoise, z, logsnrs, step, noise=torch.randn_like):
 def update(z, x_hat, t, s, eta=1.0, variance=0.0, noise=torch.randn_like):
     """z_s = c z + (alpha_s - alpha_t c) x_hat + noise: DDPM eq. 7 at eta 1, DDIM eq. 12 in general.
 
-    variance: from 0, right for data of zero variance, to 1, for unit variance (Nichol and Dhariwal 2021, eq.
-    15).
+    variance: 0 is right for data of zero variance, 1 of unit variance (Nichol and Dhariwal 2021, eq. 15).
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
     one_minus_r = -torch.expm1(t - s)
@@ -640,8 +638,8 @@ class Observation:
 
     def lift(self, u):
         """A right inverse of A, A(lift(u)) = u; lift(A(x)) is the orthogonal projection onto what is seen."""
-        u = self.mask * u
-        return u if self.factor == 1 else interpolate_nearest(u, scale_factor=(1.0, self.factor, self.factor))
+        n, u = self.factor, self.mask * u
+        return u if n == 1 else u.repeat_interleave(n, -2).repeat_interleave(n, -1)
 
     def project(self, x):
         """The field nearest to x that agrees with y."""
