@@ -391,8 +391,7 @@ class Model:
     def state(self):
         """Tensors and plain values, for load."""
         parts = {name: getattr(self, name).state() for name in ("layout", "codec", "conditions")}
-        network, gaussian = self.denoiser.network, self.denoiser.gaussian
-        parts |= {"config": asdict(network.config), "gaussian": vars(gaussian)}
+        parts |= {"config": asdict(self.denoiser.network.config), "gaussian": vars(self.denoiser.gaussian)}
         return parts | {"extent": self.extent, "settings": vars(self.settings)}
 
     @classmethod
