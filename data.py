@@ -1578,19 +1578,19 @@ def write_samples(folder, x, layout, history, lead, reference=None):
     if xr is None or find_spec("netCDF4") is None:
         return ["samples.npz"]
     dims = (*origin, "realization", "time", *layout.dims)
-    fields = {n: (dims, x[..., i, :, :, :], a) for i, (n, a) in enumerate(zip(layout.names, layout.attrs))}
-    fields |= {k: ((), c["values"], c["attrs"]) for k, c in layout.coords.items() if not len(c["dims"])}
-    places = {k: (tuple(c["dims"]), c["values"], c["attrs"]) for k, c in coords.items()}
-    ds = xr.Dataset(fields, places, {"Conventions": "CF-1.8", "history": history})
-    ds["realization"] = ("realization", np.arange(x.shape[len(origin)]), {"standard_name": "realization"})
-    since, unit = "reference time" if origin else "first frame", "hours"
-    attrs = {"standard_name": "forecast_period", "long_name": f"time since the {since}", "units": unit}
+    ds = xr.Dataset({k: (c["dims"], c["values"], c["attrs"]) for k, c in layout.coords.items()})
+    ds = ds.set_coords([*coords]).assign_attrs({"Conventions": "CF-1.8", "history": history})
+    for i, name in enumerate(layout.names):
+        ds[name] = dims, x[..., i, :, :, :], layout.attrs[i]
+    ds["realization"] = "realization", np.arange(x.shape[len(origin)]), {"standard_name": "realization"}
+    since = "reference time" if origin else "first frame"
+    attrs = {"standard_name": "forecast_period", "long_name": f"time since the {since}", "units": "hours"}
     if layout.calendar == "frames":
-        unit, attrs = "1", {"long_name": f"frames since the {since}", "units": "1"}
-    ds["time"] = ("time", lead, attrs)
+        attrs = {"long_name": f"frames since the {since}", "units": "1"}
+    ds["time"] = "time", lead, attrs
     if origin:
-        dates = {"units": EPOCH, "calendar": layout.calendar} if layout.dated else {"units": unit}
-        ds[origin[0]] = (origin[0], reference, {"standard_name": origin[0]} | dates)
+        dates = {"units": EPOCH, "calendar": layout.calendar} if layout.dated else {"units": attrs["units"]}
+        ds[REFERENCE] = REFERENCE, reference, {"standard_name": REFERENCE} | dates
     fill = {n: {"_FillValue": np.float32(np.nan), "zlib": True} for n in layout.names}
     with replacing(folder / "samples.nc") as f:
         ds.to_netcdf(f.name, engine="netcdf4", encoding=fill)
