@@ -666,17 +666,12 @@ def numpy_dataset(path, wanted, notes):
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         name = "field" if path.stem in RESERVED else path.stem
-        arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {name: loaded}
+        arrays = {name: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except Exception as e:
         raise InputError(f"cannot read {path}: {reason(e)}")
     has = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in arrays.items())
-    dims = arrays.pop("dims", np.array(()))
-    if dims.size and (dims.dtype.kind not in "SU" or dims.ndim != 1 or len(dims) < 3):
-        raise InputError(
-            f"{path} has an array 'dims' that does not name the dimensions of its fields: rename it"
-        )
-    dims = texts(dims)
-    fields = {k: a for k, a in arrays.items() if a.ndim in ((len(dims),) if dims else (3, 4))}
+    dims = texts(np.ravel(arrays.pop("dims", ())))
+    fields = {k: a for k, a in arrays.items() if a.ndim in ((max(len(dims), 3),) if dims else (3, 4))}
     shapes = {a.shape for k, a in fields.items() if k in wanted}
     fields = {k: a for k, a in fields.items() if a.shape in shapes} or fields
     if not fields:
@@ -701,7 +696,7 @@ def numpy_dataset(path, wanted, notes):
             number = a.dtype.kind in "fiu" and along[0] in (dims[0], "time")
             hours = {"units": "hours"} if number and decode_times(a, {})[1] in UNDATED else {}
             variables[along[0] if UNNAMED.match(along[0]) and k != "units" else k] = along[:1], a, hours
-        elif a.shape == (H, W) and k not in fields:
+        elif a.shape == (H, W):
             variables[k] = dims[-2:], a
     try:
         return xr.Dataset(variables)
@@ -1066,7 +1061,7 @@ def open_record(dataset, variables="", size=32, seed=0, select=""):
             raise InputError(f"--select={select} is for files, and {dataset} is made here: choose its --size")
         return builtin(dataset, size, seed)
     path, group, notes = Path(dataset).expanduser(), "", []
-    wanted = [v.strip() for v in variables.split(",") if v.strip()]
+    wanted = [*dict.fromkeys(v.strip() for v in variables.split(",") if v.strip())]
     while not path.exists() and path != path.parent:
         path, group = path.parent, f"{path.name}/{group}".strip("/")
     if group and path.is_dir():
@@ -1085,8 +1080,6 @@ def open_record(dataset, variables="", size=32, seed=0, select=""):
         if not legal or taken:
             why = "NetCDF has no such names" if not legal else "written samples have that name themselves"
             raise InputError(f"{path} has a variable or dimension '{name[:99]}', and {why}: rename it")
-    if len({*record.layout.names}) < len(record.layout.names):
-        raise InputError(f"--variables={variables} names one twice")
     gaps = record.gaps()
     within = gaps & (np.diff(record.member) == 0)
     if within.any():
