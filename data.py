@@ -535,8 +535,7 @@ class Told:
 # ------------------------------------------------------------------------------------------------------------
 # reading times
 
-CALENDARS = {"": "standard", "gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
-CALENDARS["360"] = "360_day"
+CALENDARS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap", "360": "360_day"}
 
 
 def texts(values):
@@ -559,7 +558,7 @@ def decode_times(values, attrs):
     v = values.astype(np.float64)
     v = np.where(np.abs(v) < 2.0**63, v, np.nan)  # numpy's "not a time" as an integer
     word, *since = re.split(r"\s+since\s+", units.lower(), maxsplit=1)
-    unit, calendar = unit_hours(word), str(attrs.get("calendar", "")).lower()
+    unit, calendar = unit_hours(word), str(attrs.get("calendar") or "standard").lower()
     calendar = CALENDARS.get(calendar, calendar)
     if unit and not since:
         return v * unit, "none"
@@ -780,8 +779,7 @@ def fields_of(ds):
         rest = [d for d in da.dims if d not in (*front, y, x)]
         channels = []
         if len(rest) == 1 and (rest[0] in named or UNNAMED.match(rest[0])):
-            channels = texts(ds[rest[0]].values)
-            channels = channels if rest[0] in named else [f"{name}_{v}" for v in channels]
+            channels = [v if rest[0] in named else f"{name}_{v}" for v in texts(ds[rest[0]].values)]
         sizes = f"{name} ({', '.join(f'{d} {n}' for d, n in da.sizes.items())})"
         if da.dtype.kind not in "fiub":
             refused[name] = f"{name} holds {da.dtype}, not numbers"
@@ -869,13 +867,12 @@ def kind_of(path):
     if path.is_dir():
         store = any((path / f).exists() for f in ("zarr.json", ".zgroup", ".zmetadata", ".zarray"))
         return "zarr" if store else "is a folder: give its path"
-    with open(path, "rb") as f:
-        start = f.read(8)
     if path.suffix.lower() in (".npy", ".npz"):
         return "numpy"
-    kinds = [kind for magic, kind in BEGINNINGS.items() if start.startswith(magic)]
-    kinds += ["netcdf"] * (path.suffix.lower() in SUFFIXES)
-    return [*kinds, "is none of NetCDF, HDF5, Zarr, .npy and .npz"][0]
+    with open(path, "rb") as f:
+        start = f.read(8)
+    other = "netcdf" if path.suffix.lower() in SUFFIXES else "is none of NetCDF, HDF5, Zarr, .npy and .npz"
+    return next((kind for magic, kind in BEGINNINGS.items() if start.startswith(magic)), other)
 
 
 def coordinates(ds, da, dims, notes):
