@@ -223,9 +223,8 @@ def builtin(kind, size, seed, folder="data"):
     hours = (np.arange(SEASONS)[:, None] * 90 * 24 + np.arange(SEASON_HOURS)).ravel()  # years of 360 days
     km = {"units": "km", "long_name": "distance"}
     coords = {d: {"dims": [d], "values": np.arange(size) * CELL_KM, "attrs": km} for d in ("y", "x")}
-    name, attrs = "z", {"units": "1"}
-    if kind == "climate":
-        name, attrs = "rain", {"units": "mm h-1", "long_name": "rain rate"}
+    rain_rate = {"units": "mm h-1", "long_name": "rain rate"}
+    name, attrs = ("rain", rain_rate) if kind == "climate" else ("z", {"units": "1"})
     extras = {"orography": orography(size), "season": np.repeat(np.arange(SEASONS) % 4, SEASON_HOURS)}
     if kind == "climate" and size % 8 == 0:
         extras["weather"] = Weather(size, seed)
@@ -322,10 +321,8 @@ class Layout:
 
     def is_angle(self, i):
         """Is y a latitude (0), x a longitude (1)?"""
-        names = ("lat", "latitude") if i == 0 else ("lon", "longitude")
-        return self.axis(i) is not None and (
-            is_degrees(self.axis(i)["attrs"]) or self.dims[i].lower() in names
-        )
+        axis, names = self.axis(i), (("lat", "latitude"), ("lon", "longitude"))[i]
+        return axis is not None and (is_degrees(axis["attrs"]) or self.dims[i].lower() in names)
 
     def wraps(self):
         """True if x is a longitude that goes all the way round."""
@@ -1264,10 +1261,6 @@ def normal_cdf(y):
     return torch.special.ndtr(torch.as_tensor(y, dtype=torch.float64)).numpy()
 
 
-def normal_quantile(p):
-    return torch.special.ndtri(torch.as_tensor(p, dtype=torch.float64)).numpy()
-
-
 FORMULAS = {  # (y of x, x of y), odd; s is the median of |x| > 0
     "none": (lambda x, s: x, lambda y, s: y),
     "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
@@ -1289,7 +1282,8 @@ def fit_quantile(x, floor, gap=0.0):
     n, rest = len(x), x if floor is None else x[x > floor]
     share = len(rest) / n
     tail = max(min(20 / n, 0.05 * share), 0.7 / n)
-    edge, last, end = normal_quantile([tail if floor is None else 1 - share, 1 - tail, 1 - 0.5 / n])
+    ends = [tail if floor is None else 1 - share, 1 - tail, 1 - 0.5 / n]
+    edge, last, end = torch.special.ndtri(torch.tensor(ends, dtype=torch.float64)).numpy()
     Y = np.concatenate([[-end] if floor is None else [], np.linspace(edge, last, 257), [end]])
     X = np.quantile(rest, np.clip((normal_cdf(Y) - 1 + share) / share, 0, 1))
     X[[0, -1]] = x.min(), x.max()
@@ -1393,8 +1387,7 @@ class Variable:
             v.dry = 10.0 ** round(math.log10((x.mean() - floor) / 10))
             bottom = f"floor {floor:g} ({100 * np.mean(x == floor):.3g} % of values)"
         v.scale = float(np.median(np.abs(x[x != 0])))
-        v.summary = f"{name}: {span}, transform {transform}, {bottom}, {100 * missing:.3g} % missing"
-        v.summary += doubts
+        v.summary = f"{name}: {span}, transform {transform}, {bottom}, {100 * missing:.3g} % missing{doubts}"
         if transform in TABLES:
             knots, v.dry_score = TABLES[transform](x, floor)
             v.knots = torch.from_numpy(knots)
@@ -1495,9 +1488,8 @@ class Codec:
         return np.where(self.valid.numpy() > 0, x, np.float32(np.nan)) if valid else x
 
     def log_slope(self, x):
-        """log |dy/dx| summed over each physical clip (B, C, T, H, W), for the change of variables: (B,)
-        float64. None where a variable has a floor: rain has an atom at 0 and so no density in its own units.
-        """
+        """The change of variables: log |dy/dx| summed over each physical clip (B, C, T, H, W), (B,) float64;
+        None where a variable has a floor: rain has an atom at 0 and so no density in its own units."""
         if any(v.floor is not None for v in self.variables):
             return None
         parts = [np.log(v.slope(x[:, i])) for i, v in enumerate(self.variables)]  # (C, B, T, H, W)
@@ -1525,14 +1517,13 @@ def describe(record, codec, train_starts, test_starts, frames):
     """What was understood of the data, a few lines; record.notes says what reading did to it."""
     layout, axes = record.layout, []
     for i, d in enumerate(layout.dims):
-        c, ends = layout.axis(i), ""
-        if c is not None:
-            ends = " {:g} to {:g} ".format(*places(c)[[0, -1]]) + c["attrs"].get("units", "")
-        axes.append((d + ends).rstrip())
+        c = layout.axis(i)
+        ends = "" if c is None else "{:g} to {:g} ".format(*places(c)[[0, -1]]) + c["attrs"].get("units", "")
+        axes.append(f"{d} {ends}".rstrip())
     axes += [k for k, c in layout.coords.items() if len(c["dims"]) == 2]
     dates = " to ".join(date_text(h, layout) for h in (record.hours.min(), record.hours.max()))
-    dated = layout.calendar != "frames"
-    step = f"one every {duration(layout.step_hours)}" if dated else "steps of unknown length"
+    unknown = layout.calendar == "frames"
+    step = "steps of unknown length" if unknown else f"one every {duration(layout.step_hours)}"
     calendar = f"{layout.calendar} calendar" if layout.dated else "no dates"
     parts = [(len(s), len(covered_frames(s, frames))) for s in (train_starts, test_starts)]
     split = "training {} clips of {} frames, test {} of {}".format(*parts[0], *parts[1])
