@@ -157,6 +157,10 @@ def one_of(c, name, choices):
     require(value in choices, f"--{name}={value} is not one of {', '.join(choices)}")
 
 
+def refuse(message):
+    raise InputError(f"{message} (--help lists the settings)")
+
+
 def configure(script, argv=None):
     """Settings of a script overridden by --key=value: (namespace, set of the names given, rules by name).
 
@@ -165,7 +169,7 @@ def configure(script, argv=None):
     settings, doc = read_settings(script), Path(script).read_text().split('"""')[1]
     parser = argparse.ArgumentParser(Path(script).name, description=doc, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda message: require(False, f"{message} (--help lists the settings)")
+    parser.error = refuse
     for name, default, comment, _ in settings:
         kind = boolean if isinstance(default, bool) else type(default)
         for module, table in re.findall(r"of (data|diffusion)\.(\w+)", comment):
