@@ -955,7 +955,9 @@ def read_file(path, wanted, group, select, memory, notes):
 
 
 def read_folder(path, wanted, select, notes):
-    """The Records of the files and Zarr stores of a folder in order of their names, a list for each."""
+    """The Records of the files and Zarr stores of a folder in order of their names, a list for each. Fields of
+    files with a single frame and other variables than the rest stand still, as a land-sea mask: the first
+    record has them as extras."""
     kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
@@ -967,11 +969,33 @@ def read_folder(path, wanted, select, notes):
     if twice:  # as sample.py writes them
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
-    records = [read_file(p, wanted, "", select, MEMORY / len(files), notes) for p in files]
+    records = []
+    for p in files:
+        try:
+            records.append(read_file(p, wanted, "", select, MEMORY / len(files), notes))
+        except InputError:  # a field that stands still may lie in a file of its own
+            still = read_file(p, [], "", select, MEMORY, []) if wanted else []
+            if [len(r) for r in still] != [1]:
+                raise
+            records.append(still)
     empty = [p.name for p, r in zip(files, records) if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
-    return [r for r in records if len(r[0])]
+    records = [r for r in records if len(r[0])]
+    longest = max((r[0] for r in records if len(r[0]) > 1), key=len, default=None)
+    names = wanted or (longest and longest.layout.names)
+    still = [r[0] for r in records if names and len(r) == len(r[0]) == 1 and r[0].layout.names != names]
+    records = [r for r in records if r[0] not in still]
+    if still and not records:
+        raise InputError(f"no file of the folder {path} has {', '.join(wanted)}")
+    for r in still:
+        source, names = r.pieces[0].source, r.layout.names
+        r = r.fit_to(records[0][0].layout, source, told=True)
+        records[0][0].extras |= {k: r.frames(0, 1, [k])[0, 0] for k in names}
+        notes.append(
+            f"{source} is one frame of {', '.join(names)}, which stands still: --condition may name it"
+        )
+    return records
 
 
 def numbered(files, notes):
@@ -1261,7 +1285,7 @@ def normal_cdf(y):
     return torch.special.ndtr(torch.as_tensor(y, dtype=torch.float64)).numpy()
 
 
-FORMULAS = {  # (y of x, x of y), odd; s is the median of |x| > 0
+FORMULAS = {  # (y of x, x of y), also of negative x; s is the median of |x| > 0
     "none": (lambda x, s: x, lambda y, s: y),
     "sqrt": (lambda x, s: np.sign(x) * np.sqrt(np.abs(x)), lambda y, s: y * np.abs(y)),
     "cbrt": (lambda x, s: np.cbrt(x), lambda y, s: y**3),
@@ -1534,7 +1558,7 @@ def describe(record, codec, train_starts, test_starts, frames):
         f"split     {split}; a clip is {frames} consecutive frames",
     ]
     told = [*["hour", "day"] * layout.dated, *record.extras]
-    lines += [f"told      what --condition names, of {', '.join(told)}"] * bool(told)
+    lines += [f"told      --condition may name {', '.join(told)}"] * bool(told)
     return "\n".join(lines)
 
 

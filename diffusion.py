@@ -496,6 +496,7 @@ def sample(denoise, z, logsnrs, step, noise=torch.randn_like):
     """Run a sampler over the grid from z (B, ...) at logsnrs[0]; yields (z, x_hat) after every step.
 
     A grid to +inf ends in a denoised field, one towards noise encodes, one that starts inside edits (SDEdit).
+    step(denoise, z, t, s, noise, memory) -> z at s, x_hat, memory of the next step; x_hat is for the caller.
     """
 
     def at(z, logsnr):
@@ -577,7 +578,13 @@ def euler_maruyama(denoise, z, t, s, noise, memory):
 
 def ode(denoise, z, t, s, noise, memory):
     """The probability-flow ODE by Runge-Kutta 4: encodes and decodes exactly."""
-    return rk4(partial(ode_velocity, denoise), z, t, s), denoise(z, t), None
+    estimates = []
+
+    def remembered(z, logsnr):
+        estimates.append(denoise(z, logsnr))
+        return estimates[-1]
+
+    return rk4(partial(ode_velocity, remembered), z, t, s), estimates[0], None
 
 
 def langevin(denoise, z, t, s, noise, memory, num_corrections=1, snr=0.16, predictor=None):

@@ -83,8 +83,8 @@ class Conv(nn.Conv2d):
 class Block(nn.Module):
     """Residual: norm, 3x3 in space, 3 taps in time, norm modulated by the log-SNR, 3x3 in space (0 at start).
 
-    Norms are those of a clip: each frame by itself, none could be wetter than the next. Beyond the ends of a
-    clip its first and last frame go on: with zeros there, frames at the ends were wetter than those inside.
+    Norms are taken over whole clips: taken frame by frame they would hide that one is wetter than the next.
+    Beyond the ends of a clip its first and last frame go on: zeros there made samples wetter at their ends.
     """
 
     def __init__(self, c_in, c_out, wrap_x):

@@ -305,6 +305,8 @@ def pose(c, model):
         noised = torch.full((count,), c.augment_logsnr), torch.Generator().manual_seed(c.seed)
         means = model.tell_coarse(clips, *noised)
         told = means if told is None else torch.cat([told, means], 1)
+    require(factor > 1 or not mask.flatten(1).all(1).any(), f"--task={c.task} leaves nothing to draw")
+    asked = task.known(t, length, c) if task.known else t < 0  # lead times count from what is known
     ahead = np.flatnonzero((mask.amax((1, 3, 4)) > 0).all(0))  # frames of which every clip is given something
     fine = np.isfinite(clips).any() and clips.shape[-2:] == layout.size
     return Problem(
@@ -315,7 +317,7 @@ def pose(c, model):
         told=told,
         hours=hours,
         calendar=record.layout.calendar if record else "none",
-        reference={"forecast": c.known - 1, "hindcast": length - c.known}.get(c.task, 0),
+        reference=int(max(asked.argmin() - 1, 0) if asked[0] else asked.argmax()),
         windows=data.windows(length // span, window // span, c.known // span, ahead, task.reverse),
         imposed=not model.told_block or c.task != "superres",
     )

@@ -70,7 +70,7 @@ variables = ""  # comma-separated names to stack as channels; empty takes every 
 frames = 8  # time steps per clip [>= 1, fixed]
 min_frames = 0  # shortest clips trained on, 1 is single images; 0 is as frames [>= 0, fixed]
 size = 32  # grid side of the built-in data [>= 2, fixed]
-coarsen = 1  # train on means of n x n cells; with --condition=coarse be told them instead [>= 1, fixed]
+coarsen = 1  # n: train on means of n x n cells; with --condition=coarse on cells, given these [>= 1, fixed]
 condition = ""  # what the network is told, comma-separated: hour, day, coarse, names in the data [fixed]
 condition_dropout = 0.1  # share of clips that are not told, for guidance_scale [>= 0, < 1]
 transform = "auto"  # auto or of data.TRANSFORMS; one for all variables or one each, comma-separated [fixed]
@@ -78,8 +78,8 @@ transform = "auto"  # auto or of data.TRANSFORMS; one for all variables or one e
 network = "unet"  # unet; dit, a transformer; vae, the autoencoder of a latent model [unet | dit | vae, fixed]
 vae = ""  # out_dir of a run with --network=vae in whose latents to train; empty: in the fields [fixed]
 latents = 4  # numbers that a patch of a frame is compressed to [>= 1, fixed, network=vae]
-width = 64  # channels at the first level, a multiple of 16 [>= 16, fixed]
-mults = "1,2"  # channels of a level over width; every further level halves the grid [fixed, network=unet dit]
+width = 64  # unit of channels, a multiple of 16 [>= 16, fixed]
+mults = "1,2"  # channels of each level in widths: 64, then 128 on half the grid [fixed, network=unet dit]
 blocks = 1  # residual blocks per level [>= 1, <= 64, fixed]
 patch = 4  # side of a patch in cells: 8 from 256 x 256 on, 16 from 512, 1 with --vae [>= 1, <= 64, fixed]
 time_patch = 1  # frames of a patch, of a latent of the autoencoder [>= 1, <= 64, fixed, network=dit vae]
@@ -241,8 +241,8 @@ def check_room(c):
     needed = 20 * weights + 100 * patches * c.width * c.blocks * (not c.checkpoint_activations)
     cuda = torch.cuda.is_available() and c.device != "cpu"
     memory = torch.cuda.mem_get_info()[1] if cuda else memory_size()
-    text = f"--width={c.width} and --batch_size={c.batch_size} need about {needed / 1e9:.0f} GB of memory"
-    require(needed < memory, f"{text}, and there are {memory / 1e9:.0f}")
+    text = f"--width={c.width} --mults={c.mults} --batch_size={c.batch_size} need about {needed / 1e9:.0f} GB"
+    require(needed < memory, f"{text} of memory, and there are {memory / 1e9:.0f}")
 
 
 def pick_device(c):
