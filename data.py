@@ -955,9 +955,9 @@ def read_file(path, wanted, group, select, memory, notes):
 
 
 def read_folder(path, wanted, select, notes):
-    """The Records of the files and Zarr stores of a folder in order of their names, a list for each. Fields of
-    files with a single frame and other variables than the rest stand still, as a land-sea mask: the first
-    record has them as extras."""
+    """The Records of the files and Zarr stores of a folder in order of their names, a list for each. A file
+    with a single frame of other variables than the rest holds fields that stand still, as a land-sea mask:
+    they become extras of the first record."""
     kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]

@@ -1317,7 +1317,7 @@ def draw_all(c, sampler, folder, digest, rank, world):
     done = c.num_samples - sum(map(len, missing))
     if world > 1:
         torch.distributed.barrier()
-    if done and rank == 0:
+    if done:
         print(f"{done} of {c.num_samples} samples are done already")
     begin, mine = time.perf_counter(), missing[rank::world]
     total = sum(map(len, mine)) * (len(sampler.grid) - 1) * len(sampler.problem.windows)
@@ -1331,7 +1331,7 @@ def draw_all(c, sampler, folder, digest, rank, world):
                     torch.save(x.clone(), f)  # np.save would not notice a full disk
     if world > 1:
         torch.distributed.barrier()
-    if missing and rank == 0:
+    if missing:
         seconds, drawn = time.perf_counter() - begin, c.num_samples - done
         print(f"{drawn} clips in {seconds:.0f} s ({drawn / seconds:.2f} clips/s)")
     return sampler.decode(parts) if rank == 0 else None, parts

@@ -722,15 +722,17 @@ def print_likelihoods(run):
 
 
 def start_ranks(c):
-    """(rank, world size) as torchrun set them, (0, 1) without it; joins the process group."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, world size) as torchrun set them, (0, 1) without it; joins the group. Only rank 0 prints."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     if world > 1 and not dist.is_initialized():
         cuda = c.device in ("auto", "cuda") and torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # long enough for rank 0 to make the built-in data, or to evaluate
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    return int(os.environ.get("RANK", 0)), world
+    return rank, world
 
 
 def learning_rate_at(step, c):
@@ -772,8 +774,7 @@ def start(c, checkpoint):
     seen = data.valid_cells(record, starts[1], c.frames)[0].any((1, 2, 3))
     for name in np.array(record.layout.names)[~seen]:
         raise InputError(f"variable '{name}' has no data in the held-out part: nothing to compare with")
-    if rank == 0:
-        print(*record.notes, data.describe(record, model.codec, *starts, c.frames), sep="\n")
+    print(*record.notes, data.describe(record, model.codec, *starts, c.frames), sep="\n")
     run = SimpleNamespace(c=model.settings, model=model, device=device, rank=rank, world=world)
     run.train, run.held_out = Clips(record, starts[0], model, c.min_frames), Clips(record, starts[1], model)
     model.denoiser.to(device)
@@ -933,7 +934,7 @@ def train(run):
     if stop and run.rank == 0:
         hint = "continue with --init_from=resume"
         print(f"stopped by signal {int(stop)} at step {run.step}; {hint}", file=sys.stderr)
-    elif run.rank == 0:
+    elif not stop:
         use = f"train.py --vae={out}" if run.c.network == "vae" else f"sample.py --out_dir={out}"
         print(f"{out}/ckpt.pt is at step {run.step}: python {use}")
     return stop
