@@ -3492,7 +3492,8 @@ def test_a_field_that_equals_the_target_is_learnt(workplace, tmp_path):
     told = dict(np.load("told.npz"))
     np.savez("echo.npz", walk=told["walk"], echo=told["walk"], time=told["time"])
     settings = "dataset=echo.npz variables=walk condition=echo condition_dropout=0 batch_size=16 eval_iters=8"
-    learn(tmp_path, settings + " patch=1 learning_rate=0.005 max_iters=300 eval_interval=300 log_interval=300")
+    settings += " patch=1 learning_rate=0.005 max_iters=300 eval_interval=300 log_interval=300"
+    learn(tmp_path, settings)
     hidden = {k: v for k, v in log_of(tmp_path)[-1]["val_bins"].items() if int(k.split("..")[1] or 99) <= 2}
     assert len(hidden) == 5 and max(hidden.values()) < 0.1  # 0.5 to 1 of the Gaussian law alone
 
