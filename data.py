@@ -984,7 +984,8 @@ def read_folder(path, wanted, select, notes):
     records = [r for r in records if len(r[0])]
     longest = max((r[0] for r in records if len(r[0]) > 1), key=len, default=None)
     names = wanted or (longest and longest.layout.names)
-    still = [r[0] for r in records if names and len(r) == len(r[0]) == 1 and r[0].layout.names != names]
+    single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
+    still = [r for r in single if names and r.layout.names != names]
     records = [r for r in records if r[0] not in still]
     if still and not records:
         raise InputError(f"no file of the folder {path} has {', '.join(wanted)}")

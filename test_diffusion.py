@@ -1788,6 +1788,13 @@ def test_a_field_that_stands_still_may_lie_in_a_file_of_its_own(tmp_path, name, 
     np.testing.assert_array_equal(r.extras["lsm"], np.arange(30.0).reshape(5, 6))
 
 
+def test_a_bare_array_of_one_frame_is_a_frame_and_does_not_stand_still(tmp_path):
+    np.save(tmp_path / "a.npy", FIELD)
+    np.save(tmp_path / "b.npy", FIELD[:1] + 1)
+    r = data.open_record(tmp_path)
+    assert len(r) == len(FIELD) + 1 and not r.extras
+
+
 @pytest.mark.parametrize("name,message", [("hil", "nao, kind, hill"), ("day", "with a calendar")])
 def test_conditions_that_are_not_there_are_refused(name, message):
     with pytest.raises(data.InputError, match=message):
