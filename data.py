@@ -491,13 +491,13 @@ class Record:
         """Number of frames, first and last hour: what the held-out part depends on."""
         return [len(self), *self.hours[[0, -1]].tolist()]
 
-    def fit_to(self, layout, what, factor=1, told=False):
+    def fit_to(self, layout, what, factor=1, told=False, reference="the checkpoint"):
         """This record under the names and in the order of rows and columns of another layout, frame numbers
         as hours of its step. told: its variables are not those of the layout, but what a model is told.
         Raises InputError where they differ in more than order (Layout.match)."""
         renamed = replace(self.layout, names=layout.names, attrs=layout.attrs)
         own = self.layout if told else renamed
-        order = layout.match(renamed if told else self.layout, what, factor)
+        order = layout.match(renamed if told else self.layout, what, factor, reference)
         extras = {k: v for k, v in self.extras.items() if not isinstance(v, Told)}
         if order is not None:  # blocks of cells move as a whole
             extras = {k: v[np.ix_(*order)] if v.ndim == 2 else v for k, v in extras.items()}
@@ -991,8 +991,9 @@ def read_folder(path, wanted, select, notes):
         raise InputError(f"no file of the folder {path} has {', '.join(wanted)}")
     for r in still:
         source, names = r.pieces[0].source, r.layout.names
-        r = r.fit_to(records[0][0].layout, source, told=True)
-        records[0][0].extras |= {k: r.frames(0, 1, [k])[0, 0] for k in names}
+        first = records[0][0]
+        r = r.fit_to(first.layout, source, told=True, reference=first.pieces[0].source)
+        first.extras |= {k: r.frames(0, 1, [k])[0, 0] for k in names}
         notes.append(
             f"{source} is one frame of {', '.join(names)}, which stands still: --condition may name it"
         )

@@ -1788,6 +1788,12 @@ def test_a_field_that_stands_still_may_lie_in_a_file_of_its_own(tmp_path, name, 
     np.testing.assert_array_equal(r.extras["lsm"], np.arange(30.0).reshape(5, 6))
 
 
+def test_a_still_field_on_another_grid_is_refused_by_the_names_of_both_files(tmp_path):
+    part().to_netcdf(tmp_path / "t2m.nc")
+    part(0, lat=slice(3)).rename(t2m="lsm").to_netcdf(tmp_path / "lsm.nc")
+    assert re.search("lsm.nc has a grid of 3 x 6; .*t2m.nc has 5 x 6", refusal(tmp_path))
+
+
 def test_a_bare_array_of_one_frame_is_a_frame_and_does_not_stand_still(tmp_path):
     np.save(tmp_path / "a.npy", FIELD)
     np.save(tmp_path / "b.npy", FIELD[:1] + 1)
@@ -3273,6 +3279,22 @@ def test_every_task_meets_what_is_known(settings, trained):
     seen = problem.observation()
     np.testing.assert_allclose(seen.A(model_of(trained()).codec.encode(x)), problem.y, atol=1e-4)
     assert np.isfinite(x).all() and x.shape == (4, 1, problem.hours.shape[1], 8, 8)
+
+
+ENDS = sample.Task(lambda t, length, c: (t < c.known) | (t >= length - c.known))
+COUNTS = {"forecast known=2": 1, "hindcast known=1": 3, "interpolate": 0, "inpaint": 0, "ends known=1": 0}
+
+
+@pytest.mark.parametrize("task,reference", COUNTS.items())
+def test_lead_times_count_from_what_is_known(task, reference, trained, monkeypatch):
+    monkeypatch.setitem(sample.TASKS, "ends", ENDS)
+    assert posed(trained(), f"task={task}").reference == reference
+
+
+def test_a_task_that_leaves_nothing_to_draw_is_refused(trained, monkeypatch):
+    monkeypatch.setitem(sample.TASKS, "ends", ENDS)
+    with pytest.raises(data.InputError, match="leaves nothing to draw"):
+        posed(trained(), "task=ends known=2")
 
 
 def test_an_error_of_what_is_known_leaves_room(trained):
