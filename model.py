@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 
+BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of the bins of log-SNR in which errors are looked at
+
 
 @dataclass
 class Config:
@@ -484,7 +486,8 @@ class Denoiser(nn.Module):
 
     param: what F is, a key of diffusion.PARAMS; frames: the longest clips trained on; low (C, 1, 1, 1): the
     lowest value of each variable; linear_skip False: the network alone; dtype: of autocast; valid (C, 1, H,
-    W): 0 where a cell never has data, where nothing is added.
+    W): 0 where a cell never has data, where nothing is added. trust: by bin of log-SNR, 0 where held-out
+    clips were estimated better without the network.
     """
 
     def __init__(
@@ -495,6 +498,8 @@ class Denoiser(nn.Module):
         self.linear_skip, self.dtype = linear_skip, dtype
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("valid", torch.ones(()) if valid is None else valid, persistent=False)
+        self.register_buffer("trust", torch.ones(len(BINS) + 1), persistent=False)
+        self.register_buffer("edges", torch.tensor(BINS), persistent=False)
 
     def _apply(self, fn, recurse=True):  # .to(device) takes the Gaussian along
         self.gaussian = self.gaussian.map(fn)
@@ -525,7 +530,8 @@ class Denoiser(nn.Module):
         with self.autocast(z):
             added = self.valid * self.network(eps_hat, logsnr, torch.cat(seen, 1)).float()
         added = law.scaled(added, law.envelope(logsnr)) if cond is None else added
-        return a * x_hat + b * eps_hat, added
+        trust = self.trust[torch.bucketize(logsnr, self.edges)]  # (B,)
+        return a * x_hat + b * eps_hat, diffusion.expand(trust, z) * added
 
     def forward(self, z, logsnr, cond=None):
         """F of z (B, C, T, H, W), logsnr (B,), cond (B, K, T, H, W) or None; like z, float32."""

@@ -2974,6 +2974,27 @@ def test_a_network_that_is_never_better_than_the_gaussian_law_is_not_drawn_from(
     assert log_of(tmp_path)[-1]["val_loss"] > 1 and not any(v.any() for v in kept["best"].values())
 
 
+def test_where_held_out_clips_are_estimated_better_by_the_law_alone_it_is_alone(
+    workplace, tmp_path, monkeypatch, capsys
+):
+    law, network = {"-6..-4": 0.8, "-4..-2": 0.8}, {"-6..-4": 0.9, "-4..-2": 0.5}
+    monkeypatch.setattr(train, "evaluate", lambda *_: [(0.6, network), (0.7, law), (0.7, law)])
+    trust = learn(tmp_path)["trust"]
+    assert train.BIN_NAMES[int(trust.argmin())] == "-6..-4" and trust.sum() == len(trust) - 1
+    assert "above it at log-SNR -6..-4 (1.12 times), not used there" in capsys.readouterr().out
+    assert torch.equal(model_of(tmp_path).denoiser.trust, trust)
+    monkeypatch.setattr(train, "evaluate", lambda *_: [(0.6, network), (0.5, law), (0.7, law)])
+    assert torch.equal(resume(tmp_path, "max_iters=3")["trust"], trust)  # of the weights that are kept
+
+
+def test_what_is_not_trusted_is_not_added():
+    denoiser, _ = small_denoiser(small_unet(cond_channels=2))
+    z, logsnr = torch.randn(2, 1, 4, 8, 8), torch.tensor([-5.0, -3.0])
+    denoiser.trust[train.BIN_NAMES.index("-6..-4")] = 0
+    added = (denoiser(z, logsnr) - denoiser.linear(z, logsnr)).abs().amax((1, 2, 3, 4))
+    assert added[0] == 0 and added[1] > 0.01
+
+
 def broken(steps):
     """Clips.__getitem__ with noise that is not a number in these training steps."""
     honest = train.Clips.__getitem__

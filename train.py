@@ -28,6 +28,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -51,7 +52,7 @@ from tqdm import tqdm
 import data
 import diffusion
 from data import InputError
-from model import VAE, Config, Denoiser, DiT, LatentCodec, UNet
+from model import BINS, VAE, Config, Denoiser, DiT, LatentCodec, UNet
 
 try:
     import fcntl
@@ -121,10 +122,10 @@ checkpoint_activations = False  # compute them again in the backward pass: less 
 AUGMENT = (-2.0, 10.0)  # log-SNRs to which the block means that an upsampler is told are noised
 BOUND_STEPS = 1000  # steps T of the discrete bound that eval_only prints
 RESTS = 64  # of draws where there never are data, see Clips.filled
-FORMAT = 13  # of checkpoints
+FORMAT = 14  # of checkpoints
 PARTS = ("layout", "codec", "conditions", "config", "gaussian", "extent", "settings")  # of a model
-KEYS = (*PARTS, "model", "ema", "best", "optimizer", "step")  # of a checkpoint
-BINS = (-10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10)  # edges of bins of log-SNR in log.jsonl
+KEYS = (*PARTS, "model", "ema", "best", "trust", "optimizer", "step")  # of a checkpoint
+BIN_NAMES = [f"{lo}..{hi}" for lo, hi in pairwise(["", *BINS, ""])]  # in log.jsonl
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,6 +409,8 @@ class Model:
         config, gaussian = Config(**checkpoint["config"]), diffusion.Gaussian(**checkpoint["gaussian"])
         denoiser = make_denoiser(config, gaussian, codec, settings, dtype)
         denoiser.network.load_state_dict(checkpoint[weights] or checkpoint["ema"])  # none evaluated yet
+        if weights == "best":
+            denoiser.trust.copy_(checkpoint["trust"])
         parts = data.Layout.load(checkpoint["layout"]), codec, data.Conditions(checkpoint["conditions"])
         return cls(denoiser, *parts, checkpoint["extent"], settings)
 
@@ -631,8 +634,8 @@ def means(results, network):
     if network == "vae":
         parts = {"reconstruction": loss - v_error, "kl": v_error}
         return loss.mean().item(), {name: part.mean().item() for name, part in parts.items()}
-    which, edges = torch.bucketize(logsnr, torch.tensor(BINS)), ["", *map(str, BINS), ""]
-    rows = {f"{edges[i]}..{edges[i + 1]}": v_error[which == i].mean().item() for i in which.unique().tolist()}
+    which = torch.bucketize(logsnr, torch.tensor(BINS))
+    rows = {BIN_NAMES[i]: v_error[which == i].mean().item() for i in which.unique().tolist()}
     return loss.mean().item(), {name: float(f"{value:.4g}") for name, value in rows.items()}
 
 
@@ -648,31 +651,31 @@ def evaluate(run, *denoisers):
 
 def keep_best(run):
     """Evaluate, and keep the averaged weights if none before had a lower held-out loss: of few data a network
-    soon learns them by heart. The entries of the log's line, and what is said of them."""
-    alone = [] if run.c.network == "vae" else [run.ema.linear]
-    (loss, bins), (least, _), *gaussian = evaluate(run, run.ema, run.best, *alone)
+    soon learns them by heart. They are not used at log-SNRs at which the Gaussian law alone is better. The
+    entries of the log's line, and what is said of them."""
+    c, trust = run.c, torch.ones_like(run.best.trust)
+    denoisers = [run.ema, run.best] + ([] if c.network == "vae" else [run.ema.linear])
+    (loss, bins), (least, _), *alone = evaluate(run, *denoisers)
     if not math.isfinite(loss):
         hint = "which is not saved: lower --learning_rate"
         raise RuntimeError(f"held-out loss not finite at step {run.step}, {hint}")
     line, text = {"val_loss": loss, "val_bins": bins}, f"held-out loss {loss:.4f}"
-    if gaussian:
-        line["gaussian_bins"] = gaussian[0][1]
-        text += f", {verdict(bins, gaussian[0][1])}"
-    untrained = run.c.network == "vae" and not run.evaluated  # of zeros: no law to fall back on
+    if alone:
+        line["gaussian_bins"] = law = alone[0][1]
+        worse = {k: v / law[k] for k, v in bins.items() if v > 1.005 * law[k] > 0}
+        where = "nowhere above it"
+        if worse:
+            where = ", ".join(f"{k} ({ratio:.2f} times)" for k, ratio in worse.items())
+            where = f"above it at log-SNR {where}" + ", not used there" * c.linear_skip
+        text += f", v-error {sum(bins.values()) / sum(law.values()):.2f} of the Gaussian law's, {where}"
+        trust = trust.new_tensor([k not in worse for k in BIN_NAMES])
+    untrained = c.network == "vae" and not run.evaluated  # of zeros: no law to fall back on
     run.evaluated = True
     if loss > least and not untrained:
         return line, f"{text}; the weights of the lowest so far, {least:.4f}, are kept for sampling"
     run.best.network.load_state_dict(run.ema.network.state_dict())
+    run.best.trust.copy_(trust)
     return line, text
-
-
-def verdict(bins, alone):
-    """In words, where a network's held-out v-error by bin is above that of the Gaussian law alone."""
-    ratios = {k: v / alone[k] for k, v in bins.items() if alone[k]}
-    worse = [f"{k} ({r:.2f} times)" for k, r in ratios.items() if r > 1.005]
-    total = sum(bins.values()) / sum(alone.values())
-    where = f"above it at log-SNR {', '.join(worse)}" if worse else "nowhere above it"
-    return f"v-error {total:.2f} of the Gaussian law's, {where}"
 
 
 @torch.no_grad()
@@ -794,6 +797,7 @@ def start(c, checkpoint):
             run.evaluated = bool(checkpoint["best"])
             if run.evaluated:
                 run.best.network.load_state_dict(checkpoint["best"])
+                run.best.trust.copy_(checkpoint["trust"])
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         for p, moments in run.optimizer.state.items():  # a fused optimiser pairs entries by place in memory
             moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape}
@@ -812,7 +816,7 @@ def save(run):
     checkpoint = {"format": FORMAT, **run.model.state(), "step": run.step}
     checkpoint |= {"model": run.model.denoiser.network.state_dict(), "ema": run.ema.network.state_dict()}
     checkpoint["best"] = run.best.network.state_dict() if run.evaluated else {}
-    checkpoint["optimizer"] = run.optimizer.state_dict()
+    checkpoint |= {"trust": run.best.trust, "optimizer": run.optimizer.state_dict()}
     path = run.log.with_name("ckpt.pt")
     with data.replacing(path) as f:
         torch.save(checkpoint, f)
