@@ -66,8 +66,8 @@ def turns(length, pairs, device):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but on a CPU not if they are short."""
-    if q.device.type == "cpu" and q.shape[-2] <= 128:
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
+    if q.device.type == "cpu" and q.shape[-2] <= 256:
+        return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -294,7 +294,7 @@ class Layer(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.film(emb)[:, None].chunk(6, -1)
         qkv = self.qkv(self.norm(x) * (1 + scale1) + shift1)
         q, k, v = rearrange(qkv, "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
-        y = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v)
+        y = attend(rotate(q, angle), rotate(k, angle), v)
         x = x + gate1 * self.out(rearrange(y, "b heads l d -> b l (heads d)"))
         return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
