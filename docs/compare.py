@@ -9,7 +9,8 @@
 
 Run from the repository's root, with nothing else running. Everything goes to out-compare/, a folder a row and
 seed; what is there is not made again, so an interrupted table goes on where it stopped. Means over seeds
-(range). A recipe may change lines of the scripts: it is run from a copy of them.
+(range), each seed with noise of its own in sampling, too. A recipe may change lines of the scripts: it is run
+from a copy of them.
 """
 
 import argparse
@@ -178,7 +179,7 @@ class Table:
         draws |= {k: f"{v} {MEMBERS}" for k, v in ENSEMBLES.items() if args.ensembles}
         found, own = {"loss": log_of(trained)[-1]["val_loss"]}, f"{args.sample} {recipe.sample}".split()
         for name, settings in draws.items():
-            settings = settings.split() + (own if name == "free" else [])
+            settings = [f"--seed={seed}", *settings.split(), *(own if name == "free" else [])]
             stamp = hashlib.sha256(" ".join(settings).encode()).hexdigest()[:8]
             out = folder / f"{seed}-{name}-{stamp}"
             if not (out / "samples" / "verify.json").exists():

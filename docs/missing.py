@@ -99,6 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--rows", default="complete,gaps,land", help="of the known field")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument(
         "--sst", default="", help="a file of a real field with land, in place of the known one"
@@ -106,8 +107,9 @@ def main():
     args = parser.parse_args()
     draws, zeros = compare.Recipe(), compare.Recipe(edits=ZEROS)
     rows = [("complete", draws), ("gaps", draws), ("gaps", zeros), ("land", draws), ("land", zeros)]
+    rows = [row for row in rows if row[0] in args.rows.split(",")]
     train = [f"--max_iters={args.steps}", f"--eval_interval={args.steps}"]
-    sample, record = ["--num_samples=512", "--steps=32"], None
+    sample, record = ["--num_samples=2048", "--steps=32"], None
     if args.sst:
         rows, sample = [("sst", draws), ("sst", zeros)], ["--num_samples=64", "--steps=32"]
         train += [f"--dataset={args.sst}", "--select=lat=-88:86", "--coarsen=2", "--batch_size=8"]
@@ -117,7 +119,8 @@ def main():
         name, recipe = row
         out = ROOT / f"{name}-{'zeros' if recipe.edits else 'draws'}-{seed}-{args.steps}"
         field = [] if args.sst else [f"--dataset={make(name)}"]
-        x = samples(out, recipe, [*train, *field, f"--seed={seed}"], sample, args.jobs)
+        own = f"--seed={seed}"  # of the noise drawn from, too: what seeds share would be no sampling error
+        x = samples(out, recipe, [*train, *field, own], [*sample, own], args.jobs)
         sea = ~land() if name == "land" else np.ones((SIZE, SIZE), bool)
         return warmest(x, record) if args.sst else figures(x, sea)
 
