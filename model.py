@@ -499,7 +499,7 @@ class Denoiser(nn.Module):
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("valid", torch.ones(()) if valid is None else valid, persistent=False)
         self.register_buffer("trust", torch.ones(len(BINS) + 1), persistent=False)
-        self.register_buffer("edges", torch.tensor(BINS), persistent=False)
+        self.register_buffer("edges", torch.tensor(BINS, dtype=torch.float32), persistent=False)
 
     def _apply(self, fn, recurse=True):  # .to(device) takes the Gaussian along
         self.gaussian = self.gaussian.map(fn)
