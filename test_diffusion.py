@@ -2978,12 +2978,20 @@ def test_where_held_out_clips_are_estimated_better_by_the_law_alone_it_is_alone(
     workplace, tmp_path, monkeypatch, capsys
 ):
     law, network = {"-6..-4": 0.8, "-4..-2": 0.8}, {"-6..-4": 0.9, "-4..-2": 0.5}
-    monkeypatch.setattr(train, "evaluate", lambda *_: [(0.6, network), (0.7, law), (0.7, law)])
+
+    def evaluate(run, ema, *others):  # the network is worse as a whole, and better where it is used
+        return [(0.8 if ema.trust.all() else 0.6, network), (0.7, law), (0.7, law)][: 1 + len(others)]
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
     trust = learn(tmp_path)["trust"]
     assert train.BIN_NAMES[int(trust.argmin())] == "-6..-4" and trust.sum() == len(trust) - 1
     assert "above it at log-SNR -6..-4 (1.12 times), not used there" in capsys.readouterr().out
     assert torch.equal(model_of(tmp_path).denoiser.trust, trust)
-    monkeypatch.setattr(train, "evaluate", lambda *_: [(0.6, network), (0.5, law), (0.7, law)])
+    assert torch.equal(
+        checkpoint_of(tmp_path)["best"]["stem.weight"], checkpoint_of(tmp_path)["ema"]["stem.weight"]
+    )
+    better = {"-6..-4": 0.7, "-4..-2": 0.7}
+    monkeypatch.setattr(train, "evaluate", lambda *_: [(0.6, better), (0.5, law), (0.7, law)])
     assert torch.equal(resume(tmp_path, "max_iters=3")["trust"], trust)  # of the weights that are kept
 
 

@@ -668,10 +668,14 @@ def keep_best(run):
             where = ", ".join(f"{k} ({ratio:.2f} times)" for k, ratio in worse.items())
             where = f"above it at log-SNR {where}" + ", not used there" * c.linear_skip
         text += f", v-error {sum(bins.values()) / sum(law.values()):.2f} of the Gaussian law's, {where}"
-        trust = trust.new_tensor([k not in worse for k in BIN_NAMES])
+        if worse and c.linear_skip:
+            trust = trust.new_tensor([k not in worse for k in BIN_NAMES])
+            run.ema.trust.copy_(trust)
+            ((loss, _),) = evaluate(run, run.ema)  # as it would be sampled
+            run.ema.trust.fill_(1)
     untrained = c.network == "vae" and not run.evaluated  # of zeros: no law to fall back on
     run.evaluated = True
-    if loss > least and not untrained:
+    if loss >= least and not untrained:
         return line, f"{text}; the weights of the lowest so far, {least:.4f}, are kept for sampling"
     run.best.network.load_state_dict(run.ema.network.state_dict())
     run.best.trust.copy_(trust)
