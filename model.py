@@ -66,7 +66,7 @@ def turns(length, pairs, device):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(d)) v, (n, heads, L, d): fused, but on a CPU not if they are short."""
-    if q.device.type == "cpu" and q.shape[-2] <= 256:
+    if q.device.type == "cpu" and q.shape[-2] <= 128:
         return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -2993,6 +2993,7 @@ def test_where_held_out_clips_are_estimated_better_by_the_law_alone_it_is_alone(
     better = {"-6..-4": 0.7, "-4..-2": 0.7}
     monkeypatch.setattr(train, "evaluate", lambda *_: [(0.6, better), (0.5, law), (0.7, law)])
     assert torch.equal(resume(tmp_path, "max_iters=3")["trust"], trust)  # of the weights that are kept
+    assert "not used there" not in capsys.readouterr().out
 
 
 def test_what_is_not_trusted_is_not_added():
@@ -3974,7 +3975,7 @@ def test_growth(tmp_path, capsys):
             name, cells = data.by((H, W, frames)), rate * H * W * frames / 1e6
             memory = f"{usage.ru_maxrss / 1e6:>7.2f}{early / 1e6:>10.2f}"
             print(f"{name:<18}{rate:>9.3f}{cells:>11.3f}{memory}{start:>12.1f}  {settings}")
-        assert start < 30 and early < 3e6 and usage.ru_maxrss < 6e6
+        assert start < 30 and early < 3e6 and usage.ru_maxrss < 5e6
     assert costs[256, 256, 8] < 1.5 * costs[32, 32, 8]
 
 

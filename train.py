@@ -666,7 +666,7 @@ def keep_best(run):
         where = "nowhere above it"
         if worse:
             where = ", ".join(f"{k} ({ratio:.2f} times)" for k, ratio in worse.items())
-            where = f"above it at log-SNR {where}" + ", not used there" * c.linear_skip
+            where = f"above it at log-SNR {where}"
         text += f", v-error {sum(bins.values()) / sum(law.values()):.2f} of the Gaussian law's, {where}"
         if worse and c.linear_skip:
             trust = trust.new_tensor([k not in worse for k in BIN_NAMES])
@@ -679,7 +679,7 @@ def keep_best(run):
         return line, f"{text}; the weights of the lowest so far, {least:.4f}, are kept for sampling"
     run.best.network.load_state_dict(run.ema.network.state_dict())
     run.best.trust.copy_(trust)
-    return line, text
+    return line, text + ", not used there" * (not trust.all())
 
 
 @torch.no_grad()
