@@ -886,7 +886,7 @@ def train_until_done(run, received):
     """Steps, lines of the log, evaluations and checkpoints until max_iters or a signal; the signal, or 0."""
     c, denoiser, batches, share = run.c, run.model.denoiser, make_batches(run), peak_share(run)
     if run.world > 1:
-        denoiser = DistributedDataParallel(denoiser, broadcast_buffers=False)
+        denoiser = DistributedDataParallel(denoiser)
     results, clock = [], time.perf_counter()  # since the last line of the log
     skipped, in_a_row = torch.zeros(2, device=run.device)  # steps without a finite gradient
     with tqdm(total=c.max_iters, initial=run.step, desc="training", disable=run.rank > 0) as bar:
