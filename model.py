@@ -41,7 +41,8 @@ class Config:
 
 def by_clip(layer, h, T):
     """A layer on whole clips: h (BT, C, H, W) as (B, C, T, H W), which in channels_last is a view."""
-    x = layer(rearrange(h, "(b t) c h w -> b c t (h w)", t=T))
+    # flattened first: of a single clip torch would else lose track of the order in memory, and copy
+    x = layer(rearrange(h.flatten(2), "(b t) c s -> b c t s", t=T))
     return rearrange(x, "b c t (h w) -> (b t) c h w", h=h.shape[-2])
 
 

@@ -773,6 +773,21 @@ def test_norms_know_which_frame_is_wetter():
     close(got, expected.view(6, 32, 4, 5), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_convolutions_of_the_unet_need_no_copies(batch):
+    """Their inputs lie in memory as they want them, of a single clip, too."""
+    net, copied = small_unet(in_channels=2), []
+
+    def note(layer, inputs, output):
+        copied.extend([layer] * (not inputs[0].is_contiguous(memory_format=torch.channels_last)))
+
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d) and layer is not net.position:  # which is small
+            layer.register_forward_hook(note)
+    net(torch.randn(batch, 2, 6, 16, 16), torch.zeros(batch))
+    assert not copied
+
+
 @two_networks
 def test_blocks_compile_once(name):
     from torch._dynamo.utils import counters

@@ -385,7 +385,8 @@ class Model:
 
     @property
     def sampling_levels(self):
-        """The log-SNRs that sampling visits: evenly over where modes emerge, and 5 beyond, if trained on."""
+        """The log-SNRs that sampling visits: evenly over where modes emerge, and 5 beyond, but not past the
+        ends of a schedule. To start 4 beyond would leave the first mode 2 % of its variance short."""
         s = self.settings
         lo, hi = s.logsnr_min, s.logsnr_max
         if s.schedule != "spectrum":
