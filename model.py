@@ -115,7 +115,8 @@ class Attention(nn.Module):
 
     def forward(self, x, T):
         tokens = {"space": "(b t) (h w)", "time": "(b h w) t"}[self.axis]
-        qkv = self.qkv(rearrange(by_clip(self.norm, x, T), f"(b t) c h w -> {tokens} c", t=T))
+        h = rearrange(by_clip(self.norm, x, T), f"(b t) c h w -> {tokens} c", t=T)
+        qkv = self.qkv(h.contiguous())  # else, of a single clip, torch copies the weights for every cell
         q, k, v = rearrange(qkv, "n l (three heads d) -> three n heads l d", three=3, heads=self.heads)
         if self.axis == "time":
             angle = turns(T, q.shape[-1] // 2, q.device)
