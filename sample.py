@@ -254,16 +254,14 @@ def choose_starts(c, model, record, frames, count):
     return starts[chosen], frames
 
 
-def known_cells(c, clips, model):
-    """(y, mask, factor) of an Observation: what a task takes for known of clips (R, C, L, H, W) with NaN."""
-    known, length, (H, W) = TASKS[c.task].known, clips.shape[2], model.layout.size
-    factor = c.factor if c.task == "superres" else 1
+def known_cells(c, clips, known, model):
+    """(y, mask, factor) of an Observation: what clips (R, C, L, H, W) with NaN have in known frames (L,)."""
+    (H, W), factor = model.layout.size, c.factor if c.task == "superres" else 1
     require(H % factor == 0 == W % factor, f"--factor={factor} does not divide the grid of {H} x {W}")
     y = model.codec.encode(clips)
-    frames = known(np.arange(length), length, c) if known else np.zeros(length, bool)
-    frames, asked = frames.reshape(-1, model.codec.span).all(1), frames.any()
+    frames = known.reshape(-1, model.codec.span).all(1)
     whole = f"--task={c.task} knows single frames; a latent of this model is {model.codec.span} of them"
-    require(frames.any() or not asked, whole)
+    require(frames.any() or not known.any(), whole)
     mask = y.isfinite().float() * torch.from_numpy(frames)[:, None, None]
     if c.task == "inpaint" and not c.input:  # for want of a hole, the middle is hidden
         mask[..., H // 4 : -(-3 * H // 4), W // 4 : -(-3 * W // 4)] = 0
@@ -292,7 +290,8 @@ def pose(c, model):
         before = length - n if c.task == "hindcast" else 0
         clips = np.full((count, *clips.shape[1:3], *record.layout.size), np.nan, np.float32)
         clips[:, :, before : before + n * every : every] = data.read_clips(record, start, n)
-    y, mask, factor = known_cells(c, clips, model)
+    known = task.known(t, length, c) if task.known else t < 0
+    y, mask, factor = known_cells(c, clips, known, model)
     first = record.hours[start] if record else np.zeros(count)
     hours = first[:, None] + (t - before) * layout.step_hours
     if model.conditions.channels:
@@ -306,7 +305,6 @@ def pose(c, model):
         means = model.tell_coarse(clips, *noised)
         told = means if told is None else torch.cat([told, means], 1)
     require(factor > 1 or not mask.flatten(1).all(1).any(), f"--task={c.task} leaves nothing to draw")
-    asked = task.known(t, length, c) if task.known else t < 0  # lead times count from what is known
     ahead = np.flatnonzero((mask.amax((1, 3, 4)) > 0).all(0))  # frames of which every clip is given something
     fine = np.isfinite(clips).any() and clips.shape[-2:] == layout.size
     return Problem(
@@ -317,7 +315,7 @@ def pose(c, model):
         told=told,
         hours=hours,
         calendar=record.layout.calendar if record else "none",
-        reference=int(max(asked.argmin() - 1, 0) if asked[0] else asked.argmax()),
+        reference=int(max(known.argmin() - 1, 0) if known[0] else known.argmax()),
         windows=data.windows(length // span, window // span, c.known // span, ahead, task.reverse),
         imposed=not model.told_block or c.task != "superres",
     )
