@@ -526,7 +526,10 @@ class Told:
         return (len(self.record), *self.record.layout.size)
 
     def __getitem__(self, i):
-        return self.record.frames(i, i + 1, [self.name])[0, 0]  # (H, W)
+        """Frame i (H, W), or the frames (n, H, W) of a slice."""
+        if isinstance(i, slice):
+            return self.record.frames(i.start, i.stop, [self.name])[0]
+        return self.record.frames(i, i + 1, [self.name])[0, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -925,7 +928,7 @@ def read_file(path, wanted, group, select, memory, notes):
     members = [d for d in members_of(ds) if d in front]
     tdim = next((d for d in front if d not in members), None)
     hours, calendar = times_of(ds, tdim, first.sizes.get(tdim, 1))
-    if calendar == "frames" and not bare and len(hours):
+    if calendar == "frames" and not bare and len(hours) > 1:
         notes.append("no times are found that can be read: frames are numbered, and their step is unknown")
     starts = np.zeros([first.sizes[d] for d in members])
     if REFERENCE in members and calendar == "none":  # hours from it
@@ -955,9 +958,10 @@ def read_file(path, wanted, group, select, memory, notes):
 
 
 def read_folder(path, wanted, select, notes):
-    """The Records of the files and Zarr stores of a folder in order of their names, a list for each. A file
-    with a single frame of other variables than the rest holds fields that stand still, as a land-sea mask:
-    they become extras of the first record."""
+    """The Records of the files and Zarr stores of a folder in order of their names, a list for each, of the
+    variables that are wanted or, where it has none of these, of all it has. A file with a single frame of
+    other variables than the rest holds fields that stand still, as a land-sea mask: they become extras of the
+    first record."""
     kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
@@ -969,15 +973,16 @@ def read_folder(path, wanted, select, notes):
     if twice:  # as sample.py writes them
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
-    records = []
+    records, memory = [], MEMORY / len(files)
     for p in files:
         try:
-            records.append(read_file(p, wanted, "", select, MEMORY / len(files), notes))
-        except InputError:  # a field that stands still may lie in a file of its own
-            still = read_file(p, [], "", select, MEMORY, []) if wanted else []
-            if [len(r) for r in still] != [1]:
+            records.append(read_file(p, wanted, "", select, memory, notes))
+        except InputError:  # variables may lie in files of their own
+            if not wanted:
                 raise
-            records.append(still)
+            has = read_file(p, [], "", select, memory, [])
+            some = [v for v in wanted if v in has[0].layout.names]
+            records.append(read_file(p, some, "", select, memory, notes) if some else has)
     empty = [p.name for p, r in zip(files, records) if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
@@ -985,10 +990,13 @@ def read_folder(path, wanted, select, notes):
     longest = max((r[0] for r in records if len(r[0]) > 1), key=len, default=None)
     names = wanted or (longest and longest.layout.names)
     single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
-    still = [r for r in single if names and r.layout.names != names]
+    still = [r for r in single if names and not {*r.layout.names} <= {*names}]
     records = [r for r in records if r[0] not in still]
-    if still and not records:
-        raise InputError(f"no file of the folder {path} has {', '.join(wanted)}")
+    found = {v: None for r in records for v in r[0].layout.names}
+    lacking = [v for v in wanted if v not in found and all(r[0].layout.named for r in records)]
+    if lacking:
+        has = f"they have {', '.join(found)}" if found else "each holds a field that stands still"
+        raise InputError(f"no file of the folder {path} has {', '.join(lacking)}; {has}")
     for r in still:
         source, names = r.pieces[0].source, r.layout.names
         first = records[0][0]
@@ -1069,6 +1077,42 @@ def join(parts, notes):
     return Record(first.layout, pieces, hours[index], extras, None, index, member[index], notes)
 
 
+def by_variables(files):
+    """The Records of files, apart by their variables if no two files share one but not all: as CMIP's."""
+    groups = {}
+    for records in files:
+        groups.setdefault(tuple(records[0].layout.names), []).append(records)
+    names = [name for group in groups for name in group]
+    apart = len(names) == len({*names}) and all(records[0].layout.named for records in files)
+    return [*groups.values()] if apart else [files]
+
+
+def merged(records, wanted):
+    """One Record of Records that hold different variables: of the frames that all have. What is not wanted
+    may be told. Raises InputError where they have another grid, step or calendar, or no frame in common."""
+    first, sources = records[0], [r.pieces[0].source for r in records]
+    for i in range(1, len(records)):  # rows and columns in one order
+        records[i] = records[i].fit_to(first.layout, sources[i], told=True, reference=sources[0])
+    times = [[*zip(r.member.tolist(), r.hours.round(6).tolist())] for r in records]
+    common = {*times[0]}.intersection(*times[1:])
+    if not common:
+        mend = "have no time in common: give each a folder of its own"
+        raise InputError(f"{' and '.join(sources)} hold different variables and {mend}")
+    arrays, attrs, extras = {}, {}, {}
+    for r, t in zip(records, times):
+        at = np.array([i for i, k in enumerate(t) if k in common])
+        part = replace(r, index=r.index[at], hours=r.hours[at], member=r.member[at])
+        moving = [k for k, v in r.extras.items() if isinstance(v, Told)]
+        arrays |= {k: Told(part, k) for k in (*r.layout.names, *moving)}
+        attrs |= dict(zip(r.layout.names, r.layout.attrs))
+        extras |= {k: v[at] if v.ndim == 1 else v for k, v in r.extras.items() if v.ndim < 3}
+    names = wanted or [*attrs]
+    layout = replace(first.layout, names=names, attrs=[attrs[n] for n in names])
+    note = f"{', '.join(attrs)} lie in files of their own, which have {len(common)} frames in common"
+    piece, notes = Piece(arrays, sources[0]), [*first.notes, note]
+    return Record(layout, [piece], part.hours, extras, member=part.member, notes=notes)
+
+
 def open_record(dataset, variables="", size=32, seed=0, select=""):
     """The Record of `climate`, `gaussian` (size, seed), or a path: .npy, .npz, NetCDF, HDF5, Zarr, a group of
     those (FILE/GROUP), or a folder of them.
@@ -1093,7 +1137,8 @@ def open_record(dataset, variables="", size=32, seed=0, select=""):
     if not files or not np.isfinite(np.concatenate([records[0].hours for records in files])).any():
         raise InputError(f"{path} holds no frames")
     notes = [*dict.fromkeys(notes)]  # the same of many files once
-    record = join(numbered(files, notes), notes)
+    parts = [join(numbered(group, notes), notes) for group in by_variables(files)]
+    record = merged(parts, wanted) if len(parts) > 1 else parts[0]
     for name in (*record.layout.names, *record.layout.dims):
         legal = re.fullmatch(r"\w([^/\x00-\x1f\x7f]{0,98}[^/\s])?", name)
         taken = name in RESERVED or (name in record.layout.coords and name not in record.layout.dims)

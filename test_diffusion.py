@@ -1364,6 +1364,27 @@ def test_frames_of_files_are_sorted_by_time_each_once(tmp_path, name):
     assert not r.gaps().any() and r.layout.step_hours == 1 and any(note in n for n in [*r.notes, ""])
 
 
+def apart(folder):
+    """A folder of files that hold one variable each, as CMIP's, of other times and rows in another order."""
+    part(slice(12)).to_netcdf(folder / "t2m_1.nc")
+    part(slice(12, 20)).to_netcdf(folder / "t2m_2.nc")
+    dataset(2 * FIELD, name="pr").isel(time=slice(4, 24), lat=BACKWARDS).to_netcdf(folder / "pr.nc")
+    return folder
+
+
+def test_variables_may_lie_in_files_of_their_own(tmp_path):
+    r = data.open_record(apart(tmp_path), "t2m,pr")
+    np.testing.assert_array_equal(r.frames(0, len(r)), np.stack([FIELD, 2 * FIELD])[:, 4:20, ::-1])
+    assert r.hours[0] - data.open_record(tmp_path / "t2m_1.nc").hours[0] == 4
+    assert any("have 16 frames in common" in note for note in r.notes)
+
+
+def test_a_variable_in_files_of_its_own_may_be_told(tmp_path):
+    r = data.open_record(apart(tmp_path), "t2m")
+    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[4:20, ::-1])
+    np.testing.assert_array_equal(r.extras["pr"][3], 2 * FIELD[7, ::-1])
+
+
 def test_frames_without_a_time_are_left_out(tmp_path):
     time = hourly()
     time[7] = "NaT"
@@ -1575,6 +1596,12 @@ def other_fields(folder):
     part(slice(1)).to_netcdf(folder / "a.nc")
 
 
+def elsewhen(path):
+    path.mkdir()
+    part(slice(12)).to_netcdf(path / "t2m.nc")
+    dataset(name="pr").isel(time=slice(12, 24)).to_netcdf(path / "pr.nc")
+
+
 def two_calendars(folder):
     folder.mkdir()
     part(slice(12)).to_netcdf(folder / "a.nc")
@@ -1608,6 +1635,7 @@ REFUSED = {  # what writes a path or makes a Dataset, settings, words of the mes
     "one_frame_each": (one_frame_each, "", "have no order"),
     "two_places": (two_places, "", "b.nc has lat 40 to 36; .*a.nc has 60 to 56"),
     "other": (lambda p: other_fields(p), "variables=pr", "no file of the folder .*other has pr"),
+    "apart": (lambda p: elsewhen(p), "", "t2m.nc hold different variables and have no time in common"),
     "two_calendars": (two_calendars, "", "b.nc has .*calendar noleap; .*a.nc has standard"),
     "time.nc": (lambda p: dataset(name="realization"), "", "'realization', and written samples"),
     "no_time.nc": (lambda p: dataset().rename(time="band").drop_vars("band"), "", r"rename\(band='time'\)"),
