@@ -77,7 +77,7 @@ SCHEDULES = {  # a clock g(logsnr), decreasing, and its inverse
 class Levels:
     """The log-SNRs of a run: a clock of SCHEDULES, cut to [lo, hi]. Time t runs from 0 (data) to 1 (noise).
 
-    cosine (distillation; Foster's is cut to -7.824 .. 2.2255), linear (DDPM, VP-SDE), logsnr (VDM, NCSN),
+    cosine (distillation; Foster's is cut to -7.824 .. 2.2253), linear (DDPM, VP-SDE), logsnr (VDM, NCSN),
     flow (rectified flow: rescaling z makes it the same process), normal (EDM's training), rho (EDM's
     sampling, -8.76 .. 12.43). shift adds 2 log(shift): below 1 it moves the density towards noise (Hoogeboom
     et al. 2023).
@@ -439,7 +439,7 @@ def diffusion_nll(denoise, x, t, eps, logsnr_min, logsnr_max, mask=None):
 def discrete_nll(denoise, x, t, eps, logsnrs, mask=None):
     """One-sample estimate of sum_t L_{t-1}, a chain of T steps on finite logsnrs (T + 1,), noise first. (B,)
 
-    t (B,) uniform picks one step; its KL is 1/2 expm1(l_s - l_t) |eps - eps_hat|^2. VDM eq. 13.
+    t (B,) uniform picks one step; its KL is 1/2 expm1(l_s - l_t) |eps - eps_hat|^2. VDM eq. 14.
     """
     T = len(logsnrs) - 1
     i = (t * T).long().clamp(max=T - 1)  # (B,)
@@ -719,7 +719,7 @@ def imputation(denoise, known):
 
 
 def reconstruction_guidance(denoise, known, weight):
-    """Imputation of x_hat - (weight alpha / 2) grad_z |y - A x_hat|^2, a sum (Ho et al. 2022, eq. 6)."""
+    """Imputation of x_hat - (weight alpha / 2) grad_z |y - A x_hat|^2, a sum (Ho et al. 2022, eq. 7)."""
 
     def guided(z, logsnr):
         alpha, _ = scales(logsnr, z)

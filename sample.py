@@ -2,7 +2,7 @@
 
     python sample.py --steps=256
     python sample.py --task=forecast --known=2 --members=16
-    python sample.py --exact=true             # the exact denoiser of the built-in data, no network
+    python sample.py --exact=true             # the exact denoiser in place of the network
 
 Edit the settings below or override any of them as --key=value; --help lists them. What stands in brackets is
 what a setting may be, and which task, sampler or method it belongs to.
@@ -43,7 +43,7 @@ import train
 from train import require
 
 # ------------------------------------------------------------------------------------------------------------
-out_dir = "out"  # where train.py left ckpt.pt; writes out_dir/samples/
+out_dir = "out"  # where train.py left ckpt.pt; replaces out_dir/samples/
 num_samples = 128  # clips to draw in all, the members of an ensemble counted one by one [>= 1]
 batch_size = 32  # clips at a time; does not change the result [>= 1]
 steps = 64  # sampler steps [>= 1, <= 1000000]

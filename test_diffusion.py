@@ -184,7 +184,7 @@ def test_schedules_are_exact_to_both_ends(name):
 def test_levels_are_cut_and_shifted():
     """Foster's offset cosine is a cut of the cosine: alpha = cos of an angle even in t."""
     t, start, end = torch.linspace(0, 1, 11, dtype=torch.float64), math.acos(0.95), math.acos(0.02)
-    lo, hi, by = -7.8240, 2.2255, 2 * math.log(0.25)
+    lo, hi, by = -7.8240, 2.2253, 2 * math.log(0.25)
     levels = D.Levels("cosine", lo, hi)
     close(D.alpha_sigma(levels.logsnr(t))[0], torch.cos(start + t * (end - start)), rtol=0, atol=1e-4)
     close(D.Levels("cosine", lo + by, hi + by, 0.25).logsnr(t), levels.logsnr(t) + by)

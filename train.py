@@ -82,7 +82,7 @@ latents = 4  # numbers that a patch of a frame is compressed to [>= 1, fixed, ne
 width = 64  # unit of channels, a multiple of 16 [>= 16, fixed]
 mults = "1,2"  # channels of each level in widths: 64, then 128 on half the grid [fixed, network=unet dit]
 blocks = 1  # residual blocks per level [>= 1, <= 64, fixed]
-patch = 4  # side of a patch in cells: 8 from 256 x 256 on, 16 from 512, 1 with --vae [>= 1, <= 64, fixed]
+patch = 4  # side of a patch in cells; set 8 from 256 x 256, 16 from 512, 1 with --vae [>= 1, <= 64, fixed]
 time_patch = 1  # frames of a patch, of a latent of the autoencoder [>= 1, <= 64, fixed, network=dit vae]
 wrap_x = "auto"  # periodic longitude; auto: from the coordinates [auto | true | false, fixed]
 # diffusion
