@@ -34,6 +34,16 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what was found and what to do."""
 
 
+class NothingSelected(InputError):
+    """No part of a file is what --select asks for; another file of the folder may have it."""
+
+
+def require(condition, message):
+    """Raises InputError with the message where the condition does not hold."""
+    if not condition:
+        raise InputError(message)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the built-in weather: a damped, advected stochastic heat equation, censored and raised to a power
 
@@ -328,7 +338,7 @@ class Layout:
         """True if x is a longitude that goes all the way round."""
         if not self.is_angle(1) or self.size[1] < 4:
             return False
-        step = np.diff(places(self.axis(1)))
+        step = np.diff(np.unwrap(places(self.axis(1)), period=360))
         width = abs(step[0])
         return bool(np.ptp(step) < 0.01 * width and abs(width * (len(step) + 1) - 360) < width / 2)
 
@@ -358,28 +368,27 @@ class Layout:
         step, names, units, calendar, size, coordinates (1/100 cell). What one does not know is not compared.
         """
 
-        def require(same, theirs, ours, mend):
-            if not same:
-                raise InputError(f"{what} has {theirs}; {reference} has {ours}: {mend}")
+        def alike(same, theirs, ours, mend):
+            require(same, f"{what} has {theirs}; {reference} has {ours}: {mend}")
 
         if step and "frames" not in (self.calendar, other.calendar):
             differs = abs(other.step_hours - self.step_hours) > step_tolerance(self.step_hours)
             steps = (f"a frame every {duration(layout.step_hours)}" for layout in (other, self))
-            require(not differs, *steps, "resample it")
+            alike(not differs, *steps, "resample it")
         both = ",".join(n for n in self.names if n in other.names)
         mend = f"choose --variables={both}" if both else "all must have the same (xarray.merge)"
         named = self.named and other.named
         same = other.names == self.names if named else len(other.names) == len(self.names)
-        require(same, f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
+        alike(same, f"variables {', '.join(other.names)}", ", ".join(self.names), mend)
         for name, a, b in zip(self.names, self.attrs, other.attrs):
             if "units" in a and "units" in b:
                 same = canonical(a["units"]) == canonical(b["units"])
-                require(same, f"{name} in {b['units']}", a["units"], "convert it first")
+                alike(same, f"{name} in {b['units']}", a["units"], "convert it first")
         same = not (self.dated and other.dated) or self.calendar == other.calendar
         mend = "convert it, cdo setcalendar or ds.convert_calendar"
-        require(same, f"calendar {other.calendar}", self.calendar, mend)
+        alike(same, f"calendar {other.calendar}", self.calendar, mend)
         mend, size = "select or regrid the same cells", tuple(n / factor for n in self.size)
-        require(tuple(other.size) == size, f"a grid of {by(other.size)}", by(size), mend)
+        alike(tuple(other.size) == size, f"a grid of {by(other.size)}", by(size), mend)
         order = [np.arange(int(n)) for n in other.size]
         pairs = [(self.axis(i), other.axis(i), [i]) for i in (0, 1)]
         pairs += [(c, other.coords.get(k), [0, 1]) for k, c in self.coords.items() if len(c["dims"]) == 2]
@@ -394,7 +403,7 @@ class Layout:
                 order[axes[0]] = distance(a[:, None], b, period).argmin(1)
             same = (distance(a, b[np.ix_(*(order[i] for i in axes))], period) <= width).all()
             name = next(k for k, c in other.coords.items() if c is theirs)
-            require(same, f"{name} {b.flat[0]:g} to {b.flat[-1]:g}", f"{a.flat[0]:g} to {a.flat[-1]:g}", mend)
+            alike(same, f"{name} {b.flat[0]:g} to {b.flat[-1]:g}", f"{a.flat[0]:g} to {a.flat[-1]:g}", mend)
         return None if all((np.diff(o) == 1).all() for o in order) else tuple(order)
 
 
@@ -465,8 +474,7 @@ class Record:
             first = at[part[0]] - end + len(p)
             parts.append(p.read(names or self.layout.names, first, first + len(part)))
         x = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
-        missing = ~(np.abs(x) < 9.9e36)
-        x = np.where(missing, np.float32(np.nan), x) if missing.any() else x
+        x[~(np.abs(x) < 9.9e36)] = np.nan
         return x if self.coarsen == 1 else block_means(x, self.coarsen)
 
     def gaps(self):
@@ -478,8 +486,7 @@ class Record:
     def coarsened(self, n):
         """The record of its means over n x n cells, NaN where one of them is missing. Raises InputError."""
         (H, W), coords = self.layout.size, {}
-        if H % n or W % n:
-            raise InputError(f"--coarsen={n} does not divide the grid of {H} x {W}")
+        require(H % n == 0 == W % n, f"--coarsen={n} does not divide the grid of {H} x {W}")
         for k, c in self.layout.coords.items():
             longitude = c is self.layout.axis(1) and self.layout.is_angle(1)
             period = 360 if longitude or is_degrees(c["attrs"]) else None
@@ -673,8 +680,7 @@ def numpy_dataset(path, wanted, notes):
     fields = {k: a for k, a in arrays.items() if a.ndim in ((max(len(dims), 3),) if dims else (3, 4))}
     shapes = {a.shape for k, a in fields.items() if k in wanted}
     fields = {k: a for k, a in fields.items() if a.shape in shapes} or fields
-    if not fields:
-        raise InputError(f"{path} has no numbers (time, y, x) or (time, channel, y, x); it has {has}")
+    require(fields, f"{path} has no numbers (time, y, x) or (time, channel, y, x); it has {has}")
     n, *channels, H, W = next(iter(fields.values())).shape
     if not dims:
         for axis, name, size in ("T", "time", n), ("Y", "y", H), ("X", "x", W):
@@ -828,6 +834,8 @@ def selected(ds, select, notes):
         if not equals or name not in ds.dims or len(ends) > 2:
             raise InputError(f"--select={text} is no name=value or name=low:high of {', '.join(ds.dims)}")
         values, n = ds[name].values, ds.sizes[name]
+        if not n:  # a file without frames
+            continue
         hours, calendar = times_of(ds, name, n) if name in likely["T"] else (None, "none")
         try:
             if calendar not in UNDATED:
@@ -842,7 +850,7 @@ def selected(ds, select, notes):
         except (KeyError, ValueError):
             at = []
         if not len(at):
-            raise InputError(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
+            raise NothingSelected(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
         notes.append(f"selected: {name} {values[at[0]]} to {values[at[-1]]}, {len(at)} of {n}")
         ds = ds.isel({name: slice(at[0], at[-1] + 1) if (np.diff(at) == 1).all() else at})
     return ds
@@ -899,12 +907,10 @@ def choose(path, ds, wanted, bare):
         usable = dict(zip(wanted, usable.values()))  # a bare array takes the names that are given
     names = wanted or list(usable)
     for v in names:
-        if v not in usable:
-            why = refused.get(v, f"it has no '{v}'")
-            raise InputError(f"{path}: {why}; it has {', '.join(usable) or 'no field of time, y, x'}")
-    if not names:
-        why = refused[max(refused, key=lambda k: ds[k].ndim)] if refused else "it has no variables"
-        raise InputError(f"{path} has no field of time, y, x: {why}")
+        why = refused.get(v, f"it has no '{v}'")
+        require(v in usable, f"{path}: {why}; it has {', '.join(usable) or 'no field of time, y, x'}")
+    why = refused[max(refused, key=lambda k: ds[k].ndim)] if refused else "it has no variables"
+    require(names, f"{path} has no field of time, y, x: {why}")
     grid = usable[names[0]].sizes
     kinds = ", ".join(f"{n} ({by(usable[n].shape)})" for n in names)
     if any(usable[n].sizes != grid for n in names):
@@ -915,10 +921,8 @@ def choose(path, ds, wanted, bare):
 def read_file(path, wanted, group, select, memory, notes):
     """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk."""
     kind = kind_of(path)
-    if kind not in KINDS:
-        raise InputError(f"{path} {kind}")
-    if xr is None:
-        raise InputError(f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
+    require(kind in KINDS, f"{path} {kind}")
+    require(xr, f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
     ds = numpy_dataset(path, wanted, notes) if kind == "numpy" else open_dataset(path, group)
     ds = selected(ds, select, notes)
     bare = kind == "numpy" and len(ds.variables) == 1
@@ -965,28 +969,33 @@ def read_folder(path, wanted, select, notes):
     kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
-    if not files:
-        raise InputError(f"folder {path} holds nothing to read: {[*others, 'it is empty'][0]}")
+    require(files, f"folder {path} holds nothing to read: {[*others, 'it is empty'][0]}")
     if others:
         notes.append(f"{len(others)} entries of the folder are not read: {others[0]}")
     twice = [p for p in files if p.suffix == ".npz" and p.with_suffix(".nc") in files]
     if twice:  # as sample.py writes them
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
-    records, memory = [], MEMORY / len(files)
+    records, nothing, memory = [], [], MEMORY / len(files)
     for p in files:
         try:
             records.append(read_file(p, wanted, "", select, memory, notes))
+        except NothingSelected as e:
+            nothing.append(e)
         except InputError:  # variables may lie in files of their own
             if not wanted:
                 raise
             has = read_file(p, [], "", select, memory, [])
             some = [v for v in wanted if v in has[0].layout.names]
             records.append(read_file(p, some, "", select, memory, notes) if some else has)
-    empty = [p.name for p, r in zip(files, records) if not len(r[0])]
+    empty = [Path(r[0].pieces[0].source).name for r in records if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
     records = [r for r in records if len(r[0])]
+    if nothing and not records:
+        raise nothing[0]
+    if nothing:
+        notes.append(f"{len(nothing)} of {len(files)} files have nothing of --select={select}: left out")
     longest = max((r[0] for r in records if len(r[0]) > 1), key=len, default=None)
     names = wanted or (longest and longest.layout.names)
     single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
@@ -1121,8 +1130,7 @@ def open_record(dataset, variables="", size=32, seed=0, select=""):
     read (see selected). Raises InputError.
     """
     if dataset in ("climate", "gaussian"):
-        if select:
-            raise InputError(f"--select={select} is for files, and {dataset} is made here: choose its --size")
+        require(not select, f"--select={select} is for files, and {dataset} is made here: choose its --size")
         return builtin(dataset, size, seed)
     path, group, notes = Path(dataset).expanduser(), "", []
     wanted = [*dict.fromkeys(v.strip() for v in variables.split(",") if v.strip())]
@@ -1209,11 +1217,6 @@ def thin(index, count):
         return index
     place = (np.arange(count) + np.random.default_rng(0).random(count)) / count
     return index[(place * len(index)).astype(int)]
-
-
-def pick(starts, seed, step, count):
-    """`count` clip starts for one batch: a function of (seed, step) alone."""
-    return starts[np.random.default_rng([seed, *np.atleast_1d(step)]).integers(0, len(starts), count)]
 
 
 def read_clips(record, starts, frames):
@@ -1304,9 +1307,8 @@ class Conditions:
                 angle = 2 * np.pi * (hours / f["period"] % 1)[..., None, None]
                 channels += [np.sin(angle), np.cos(angle)]
                 continue
-            if f["name"] not in record.extras:
-                has = ", ".join(record.extras) or "nothing of the kind"
-                raise InputError(f"the model is told '{f['name']}', and these data have {has}")
+            has = ", ".join(record.extras) or "nothing of the kind"
+            require(f["name"] in record.extras, f"the model is told '{f['name']}', and these data have {has}")
             v = record.extras[f["name"]]
             if v.ndim > 1 and tuple(v.shape[-2:]) != size:
                 raise InputError(f"'{f['name']}' has a grid of {by(v.shape[-2:])}; {by(size)} is needed")
@@ -1438,10 +1440,8 @@ class Variable:
     def fit(cls, name, attrs, transform, x):
         """From training values x (n,) with NaN. Raises InputError where there is nothing to learn."""
         missing, x = np.isnan(x).mean(), x[~np.isnan(x)].astype(np.float64)
-        if not len(x):
-            raise InputError(f"variable '{name}' has no data in the training clips")
-        if x.min() == x.max():
-            raise InputError(f"variable '{name}' is constant ({x[0]:g}) in the training clips")
+        require(len(x), f"variable '{name}' has no data in the training clips")
+        require(x.min() < x.max(), f"variable '{name}' is constant ({x[0]:g}) in the training clips")
         floor, rounding = find_floor(x)
         if transform == "auto":
             transform = "cbrt" if floor == 0 else "none"
@@ -1526,7 +1526,7 @@ def valid_cells(record, starts, frames):
 class Codec:
     """Physical clips <-> standardised ones."""
 
-    span = 1  # frames of one that is denoised; more in the latents of model.LatentCodec
+    span = 1  # physical frames for each that is denoised; more in model.LatentCodec
 
     variables: list
     valid: torch.Tensor  # (C, 1, H, W), 1 where a cell ever has data

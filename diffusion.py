@@ -3,7 +3,7 @@
     z = alpha x + sigma eps,   alpha^2 = sigmoid(logsnr),   sigma^2 = sigmoid(-logsnr),   eps ~ N(0, 1)
     denoise(z, logsnr) -> x_hat      z (B, C, T, H, W), logsnr (B,), x_hat like z, an estimate of E[x | z]
 
-Pure functions that meet at `denoise`; the first object is `Gaussian`, the law that a network is added to.
+Pure functions that meet at `denoise`, and `Gaussian`, the law that a network is added to.
 Steps take 0-dim float64 log-SNRs on the CPU, which multiply a tensor on any device in its dtype, without
 waiting for it. Nothing here computes 1 - alpha^2: at |logsnr| = 30 that is lost to rounding.
 
@@ -126,7 +126,7 @@ TOGETHER = 512  # cells of time and x whose covariance is taken together; beyond
 LEAST = 1e-6  # variance of a mode, at least
 NEARLY = 0.02  # standard deviations within which what is observed exactly is met, before it is put right
 ROUNDS = 10  # of filling and fitting where data are missing
-FEWEST, SOME, VALUES = 20, 500, 4_000_000  # of all rounds but the last two: clips from .. to, values at most
+FEWEST, SOME, VALUES = 20, 500, 4_000_000  # clips at least, at most, and values at most, but in the last two
 
 
 def rotate(x, dims, M):
@@ -161,7 +161,7 @@ class Gaussian:
 
     @classmethod
     def fit(cls, batches):
-        """The law of standardised clips (B, C, T, H, W), NaN where there are no data; iterates several times.
+        """The law of standardised clips, batches of (B, C, T, H, W), NaN where there are no data; read often.
 
         Expectation-maximisation by draws: what is missing is filled with draws of the law given what is
         there, the law is fitted to that, and so on. Filled with the mean, variances would be too low.
@@ -259,8 +259,9 @@ class Gaussian:
     def shift(self, known, x_hat, variances, std, tolerance=1e-10, steps=512):
         """V A' (A V A' + std^2)^-1 (y - A x_hat): how far E[x | z] moves when y = A x is known to within std.
 
-        V = Cov[x | z] has the variances (B or 1, C, T, H, W) in the modes; std is that of a cell, n^1/2 times
-        that of a mean of n. Conjugate gradients, preconditioned by the inverse of V cut to what is observed.
+        V = Cov[x | z] has the variances (B or 1, C, T, H, W) in the modes; std is the error of a single cell:
+        a mean of n cells has n^1/2 times less. Conjugate gradients, preconditioned by the inverse of V cut to
+        what is observed.
         """
 
         def seen(u, by):
@@ -291,17 +292,18 @@ class Gaussian:
     def flow(self, t, s):
         """(ratio, gain) of the probability-flow ODE in every mode: Z_s = ratio Z_t + gain N, log-SNR t to s.
 
-        Z: modes of z - alpha mean; N: what an x_hat adds to Wiener's, alpha w Z / S with S = alpha^2 w +
-        sigma^2, taken to be constant. dZ/dlogsnr = (alpha x_hat - alpha^2 Z) / 2 then gives ratio^2 = S_s /
-        S_t and gain = (S_s / w)^1/2 [asinh(w^1/2 e^(logsnr / 2))] from t to s. As w goes to 0 it is DDIM.
+        Z: modes of z - alpha mean; N: what an x_hat adds to Wiener's, which is alpha w Z / S with S = alpha^2
+        w + sigma^2; N is taken to be constant. dZ/dlogsnr = (alpha x_hat - alpha^2 Z) / 2 then gives
+        ratio^2 = S_s / S_t and gain = (S_s / w)^1/2 [asinh(w^1/2 e^(logsnr / 2))] from t to s. As w goes to 0
+        it is DDIM.
         """
-        w = self.variances
+        w = self.variances.clamp(min=1e-12)  # 0 of what the exact law of the built-in data leaves out
         t, s = t.to(w), s.to(w)
         S_t, S_s = (torch.sigmoid(l) * w + torch.sigmoid(-l) for l in (t, s))
         angle_t, angle_s = (torch.asinh(w.sqrt() * (l / 2).exp()) for l in (t, s))
         return (S_s / S_t).sqrt(), (S_s / w).sqrt() * (angle_s - angle_t)
 
-    @lru_cache(16)
+    @lru_cache(32)
     def frames(self, T):
         """The law of clips of T frames: the autocovariance of every pattern in space is cut or goes on."""
         T0 = self.variances.shape[1]
@@ -654,7 +656,7 @@ class Observation:
 
 
 def conjugate_gradients(S, b, precondition, tolerance=1e-10, steps=512):
-    """u with S u = b for every sample of b (B, ...); S and precondition, about its inverse, are positive.
+    """u with S u = b for every sample of b (B, ...); S is positive; so is precondition, about its inverse.
 
     A sample is left alone once r' precondition(r), r its residual, is below tolerance times that at the
     start: so it does not depend on its neighbours.

@@ -203,8 +203,9 @@ class Network(nn.Module):
     def compile_blocks(self, backend="inductor"):
         """torch.compile block by block, in place: blocks of one shape share a program, compiled soon."""
         torch._dynamo.config.recompile_limit = 64  # one program per shape of a block, never one for any shape
-        for module in [*self.repeated(), self.cell]:
-            module.compile(fullgraph=True, dynamic=False, backend=backend)
+        for module in self.modules():
+            if isinstance(module, (Block, Attention, Layer, Cell)):
+                module.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 class UNet(Network):
@@ -235,13 +236,8 @@ class UNet(Network):
         self.norm, self.features = nn.GroupNorm(h // 16, h), Conv(h, c.width // 8 * c.patch**2, c.wrap_x)
         blocks = [*self.down, *self.middle, *self.up]
         self.film_sizes = [2 * b.conv2.out_channels for b in blocks] + [c.width]
-        self.film = zero(
-            nn.Linear(4 * c.width, sum(self.film_sizes))
-        )  # scale and shift of all blocks at once
+        self.film = zero(nn.Linear(4 * c.width, sum(self.film_sizes)))  # scale and shift of all blocks
         self.to(memory_format=torch.channels_last)
-
-    def repeated(self):
-        return [*self.down, *self.middle, *self.attention, *self.up]
 
     def forward(self, z, logsnr, cond=None):
         """z (B, C, T, H, W) noisy clips, logsnr (B,), cond (B, K, T, H, W) or None -> F, shaped like z."""
@@ -315,9 +311,6 @@ class DiT(Network):
         self.norm, self.features = nn.LayerNorm(width), nn.Linear(width, c.width // 8 * cells)
         self.film = zero(nn.Linear(4 * c.width, c.width))  # of the last layer
 
-    def repeated(self):
-        return self.layers
-
     def angles(self, t, h, w, d, device):
         """Angles of rotary positions in t, y and x, (t h w, d / 2)."""
         pairs = max(1, d // 6), (d // 2 - max(1, d // 6)) // 2  # that turn with time, with y; the rest with x
@@ -345,11 +338,9 @@ class DiT(Network):
         angle = self.angles(t, h, w, x.shape[-1] // c.heads, z.device)
         for layer in self.layers:
             x = self.run(layer, x, emb, angle)
-        x = rearrange(
-            self.features(self.norm(x)), "b (t h w) (c p q r) -> (b t p) c (h q) (w r)", t=t, h=h, **sizes
-        )
-        x = x.unflatten(0, (len(z), -1))[:, :T].flatten(0, 1)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.features(self.norm(x))
+        x = rearrange(x, "b (t h w) (c p q r) -> b (t p) c (h q) (w r)", t=t, h=h, **sizes)
+        x = x[:, :T].flatten(0, 1).contiguous(memory_format=torch.channels_last)
         film = self.film(emb).repeat_interleave(T, 0)[:, :, None, None].to(x)
         h = self.run(self.cell, x, cells, film, T)
         return rearrange(h[:, :, :H, left : left + W], "(b t) c h w -> b c t h w", t=T).contiguous()
@@ -362,9 +353,9 @@ class DiT(Network):
 class VAE(nn.Module):
     """A variational autoencoder of clips (Kingma and Welling 2014): n x n cells of p frames become K latents.
 
-    n = patch, p = time_patch. Every p frames by themselves: where they are known their latents are, whatever
-    the others are. blocks = 0 is linear, on Gaussian data probabilistic PCA of the patches (Tipping and
-    Bishop 1999).
+    n = patch, p = time_patch. Each p frames are encoded by themselves: where they are known, so are their
+    latents, whatever the others are. blocks = 0 is linear, on Gaussian data probabilistic PCA of the patches
+    (Tipping and Bishop 1999).
     """
 
     def __init__(self, config):
@@ -483,8 +474,8 @@ class Denoiser(nn.Module):
 
     EDM's preconditioning with a mean per cell and a variance per mode: a network of zeros is the best linear
     denoiser. What a network is told may show modes that the noise still hides: then there is no envelope. Of
-    a clip longer than those trained on the Gaussian sees the whole, the network pieces as long as those, and
-    what it adds fades from one to the next over the half they share.
+    a clip longer than those trained on, the Gaussian sees the whole and the network pieces of that length;
+    what it adds fades from one piece to the next over the half they share.
 
     param: what F is, a key of diffusion.PARAMS; frames: the longest clips trained on; low (C, 1, 1, 1): the
     lowest value of each variable; linear_skip False: the network alone; dtype: of autocast; valid (C, 1, H,

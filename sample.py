@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import train
-from train import require
+from data import require
 
 # ------------------------------------------------------------------------------------------------------------
 out_dir = "out"  # where train.py left ckpt.pt; replaces out_dir/samples/
@@ -151,12 +151,9 @@ class Problem:
     windows: list
     imposed: bool
 
-    def observation(self):
-        return diffusion.Observation(self.y, self.mask, self.factor)
-
     def given(self, codec):
         """What is known as fields, (R, C, L, H, W) physical, NaN where nothing is."""
-        seen = self.observation()
+        seen = diffusion.Observation(self.y, self.mask, self.factor)
         fields, mask = codec.decode(seen.lift(seen.y)), seen.lift(seen.mask)
         if mask.shape != fields.shape:  # of latents, that are known by frames
             mask = mask.amax((1, 3, 4), keepdim=True).repeat_interleave(codec.span, 2)
@@ -199,8 +196,8 @@ def check_room(c, model, length):
 
 
 def open_input(c, model):
-    """The record that clips are read from: --input, its rows and columns in the model's order, or its own. Of
-    generate --input holds what the model is told, of interpolate it may hold the known frames alone."""
+    """The record that clips are read from: --input, its rows and columns in the model's order, or its own.
+    With --task=generate it holds what the model is told, with interpolate perhaps the known frames alone."""
     if not c.input:
         return model.record
     what, layout = f"--input={c.input}", model.layout
@@ -492,7 +489,7 @@ def fingerprint(c, digest):
     files = [f for f in files if f.is_file() and not f.parent.name.startswith("parts-")]
     stamp = sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
     settings = {k: v for k, v in vars(c).items() if k not in free}
-    scripts = __file__, *(sys.modules[name].__file__ for name in ("data", "diffusion", "model"))
+    scripts = __file__, *(sys.modules[name].__file__ for name in ("data", "diffusion", "model", "train"))
     code = b"".join(Path(script).read_bytes() for script in scripts)
     text = json.dumps([digest, settings, stamp], sort_keys=True)
     return hashlib.sha256(code + text.encode()).hexdigest()[:12]
@@ -1287,6 +1284,7 @@ def load_model(c):
     builtin, fields, means = dataset in ("climate", "gaussian"), model.conditions.channels, model.told_block
     cells = model.settings.coarsen == 1 or means
     require(cells or not c.exact, "--exact=true knows the law of cells, not of the means of --coarsen")
+    require(not (c.exact and model.settings.vae), "--exact=true knows the law of cells, not of their latents")
     require(builtin or not c.exact, f"--exact=true knows the law of the built-in data, not of {dataset}")
     told = fields or means or c.guidance_scale == 1
     require(told, "--guidance_scale needs a checkpoint of train.py with --condition")

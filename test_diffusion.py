@@ -1379,6 +1379,16 @@ def test_variables_may_lie_in_files_of_their_own(tmp_path):
     assert any("have 16 frames in common" in note for note in r.notes)
 
 
+def test_files_without_what_is_selected_are_left_out(tmp_path):
+    part(slice(12)).to_netcdf(tmp_path / "a.nc")
+    part(slice(12, 24)).to_netcdf(tmp_path / "b.nc")
+    part(slice(0)).to_netcdf(tmp_path / "empty.nc")
+    r = data.open_record(tmp_path, select="time=2020-01-01T14:2020-01-01T20")
+    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[14:21])
+    assert "1 of 3 files have nothing of" in " ".join(r.notes)
+    assert "finds nothing: time has 2020" in refusal(tmp_path, select="time=1999")
+
+
 def test_a_variable_in_files_of_its_own_may_be_told(tmp_path):
     r = data.open_record(apart(tmp_path), "t2m")
     np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[4:20, ::-1])
@@ -2046,6 +2056,7 @@ def test_codec_layout_and_conditions_come_back_from_a_checkpoint(tmp_path):
 
 def test_longitudes_all_the_way_round_areas_and_north(tmp_path):
     assert opened(tmp_path, dataset(lon=GLOBAL)).layout.wraps()
+    assert opened(tmp_path, dataset(lon=GLOBAL), "d.nc", select="lon=-180:179").layout.wraps()
     layout = opened(tmp_path, dataset(lat=("lat", np.array([60.0, 0, 45, 30, 90]), {})), "b.nc").layout
     np.testing.assert_allclose(layout.area(), [0.5, 1, math.sqrt(0.5), math.sqrt(0.75), 0], atol=1e-9)
     assert record_of(FIELD).layout.area() is None and not layout.wraps()
@@ -3349,7 +3360,7 @@ MET += [f"task={t} method={m}" for t in GUIDED for m in ("guidance", "imputation
 @pytest.mark.parametrize("settings", MET)
 def test_every_task_meets_what_is_known(settings, trained):
     problem, x = posed(trained(), settings), drawn(trained(), settings).x
-    seen = problem.observation()
+    seen = D.Observation(problem.y, problem.mask, problem.factor)
     np.testing.assert_allclose(seen.A(model_of(trained()).codec.encode(x)), problem.y, atol=1e-4)
     assert np.isfinite(x).all() and x.shape == (4, 1, problem.hours.shape[1], 8, 8)
 
@@ -3402,8 +3413,9 @@ def test_an_ensemble_of_exact_forecasts_is_calibrated(workplace, tmp_path, monke
     np.testing.assert_allclose(known, given, atol=2e-4)
 
 
-def test_exact_clips_have_the_law_of_the_field(trained):
-    settings = "exact=true num_samples=300 batch_size=300 steps=24"
+@pytest.mark.parametrize("sampler", ["auto", "modes"])
+def test_exact_clips_have_the_law_of_the_field(trained, sampler):
+    settings = f"exact=true num_samples=300 batch_size=300 steps=24 sampler={sampler}"
     x = drawn(trained("dataset=gaussian size=8" + STILL), settings).x
     w, V = np.linalg.eigh(gaussian_covariance(4, 8).numpy())
     modes = x.reshape(300, -1) @ V[:, -12:]
@@ -3759,6 +3771,7 @@ sample out_dir=ok task=edit input=narrow.npy: narrow.npy
 sample out_dir=vae: holds an autoencoder
 sample out_dir=latent task=superres: needs cells
 sample out_dir=latent task=inpaint: needs cells
+sample out_dir=latent exact=true: not of their latents
 sample out_dir=latent task=interpolate: knows single frames
 sample out_dir=latent task=forecast known=1: a latent is 2 frames
 sample out_dir=latent length=5: --length, --frames and --known must be multiples of 2

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from data import InputError
+from data import InputError, require
 from model import BINS, VAE, Config, Denoiser, DiT, LatentCodec, UNet
 
 try:
@@ -132,11 +132,6 @@ COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator
 # settings
 
 
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
-
-
 def boolean(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}' is not true or false")
@@ -193,7 +188,7 @@ def configure(script, argv=None):
 
 
 def check_owners(c, given, rules):
-    """Refuse a setting that was given but belongs to another value of one: [task=forecast hindcast]."""
+    """Refuse what was given if the setting it belongs to has another value: [task=forecast hindcast]."""
     for name in given:
         for key, owners in re.findall(r"\b(\w+)=([\w ]+)", ", ".join(rules[name])):
             belongs = f"--{name} belongs to --{key}={owners.replace(' ', ' or ')}"
@@ -432,9 +427,10 @@ def open_data(c):
     """The record that the settings name, of block means if they say so."""
     record = data.open_record(c.dataset, c.variables, c.size, select=c.select)
     means = record.coarsened(c.coarsen) if c.coarsen > 1 else record  # refuses a grid that n does not divide
-    if "weather" in told_names(c) and isinstance(means.extras.get("weather"), data.Weather):
-        means.extras["weather"].means  # makes its data now, by one rank
-    return record if "coarse" in told_names(c) else means
+    record = record if "coarse" in told_names(c) else means
+    if "weather" in told_names(c) and isinstance(record.extras.get("weather"), data.Weather):
+        record.extras["weather"].means  # makes its data now, by one rank
+    return record
 
 
 def open_autoencoder(c, record, clips):
@@ -530,8 +526,8 @@ class Clips(Dataset):
         s = self.model.settings
         ends = np.array([self.shortest or s.frames, s.frames]) // self.model.codec.span
         length = np.random.default_rng((*stream, 3)).integers(ends[0], ends[1] + 1, 1)[0]
-        starts = data.pick(self.starts, stream[0], stream[1:], s.batch_size)
-        return starts, int(length) * self.model.codec.span
+        chosen = np.random.default_rng(stream).integers(0, len(self.starts), s.batch_size)
+        return self.starts[chosen], int(length) * self.model.codec.span
 
     def filled(self, x, starts, generator):
         """Clips x with draws of the Gaussian law given what is there in place of NaN.
@@ -787,9 +783,9 @@ def start(c, checkpoint):
     run.train, run.held_out = Clips(record, starts[0], model, c.min_frames), Clips(record, starts[1], model)
     model.denoiser.to(device)
     run.ema = copy.deepcopy(model.denoiser).requires_grad_(False)  # with the moving average of the weights
-    run.best, run.evaluated = copy.deepcopy(run.ema), False  # with the best of those that were evaluated:
+    run.best, run.evaluated = copy.deepcopy(run.ema), False  # with those of the lowest held-out loss
     for p in run.best.network.parameters():
-        p.zero_()  # at first the Gaussian law alone
+        p.zero_()  # until one is known: the Gaussian law alone
     matrices = [p for p in model.denoiser.parameters() if p.ndim >= 2]
     rest = [p for p in model.denoiser.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
