@@ -831,8 +831,6 @@ def selected(ds, select, notes):
     for text in (t.strip() for t in select.split(",") if t.strip()):
         name, equals, chosen = (part.strip() for part in text.partition("="))
         ends = [end.strip() for end in re.split(r"(?<!T\d\d):|:(?=\d{4}-)", chosen)]  # T12:00 is one time
-        if not likely["T"] and re.fullmatch(AXES["T"][1], name.lower()):  # of a field that stands still
-            continue
         if not equals or name not in ds.dims or len(ends) > 2:
             raise InputError(f"--select={text} is no name=value or name=low:high of {', '.join(ds.dims)}")
         values, n = ds[name].values, ds.sizes[name]
@@ -994,7 +992,7 @@ def read_folder(path, wanted, select, notes):
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
     records = [r for r in records if len(r[0])]
-    if nothing and all(len(r[0]) == 1 and not r[0].layout.dated for r in records):  # masks at most
+    if nothing and not records:
         raise nothing[0]
     if nothing:
         notes.append(f"{len(nothing)} of {len(files)} files have nothing of --select={select}: left out")
