@@ -35,7 +35,7 @@ class InputError(ValueError):
 
 
 class NothingSelected(InputError):
-    """No part of a file is what --select asks for; another file of the folder may have it."""
+    """A file has nothing of the times that --select asks for; another file of the folder may have it."""
 
 
 def require(condition, message):
@@ -850,7 +850,8 @@ def selected(ds, select, notes):
         except (KeyError, ValueError):
             at = []
         if not len(at):
-            raise NothingSelected(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
+            kind = NothingSelected if name in likely["T"] else InputError
+            raise kind(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
         notes.append(f"selected: {name} {values[at[0]]} to {values[at[-1]]}, {len(at)} of {n}")
         ds = ds.isel({name: slice(at[0], at[-1] + 1) if (np.diff(at) == 1).all() else at})
     return ds
@@ -961,11 +962,41 @@ def read_file(path, wanted, group, select, memory, notes):
     return records
 
 
+def read_files(files, wanted, select, notes):
+    """The Records of each file that has frames: of the variables that are wanted or, where it has none of
+    these, of all it has, as what a model is told may lie in a file of its own."""
+    records, nothing, why, memory = [], {}, [], MEMORY / len(files)
+    for p in files:
+        try:
+            records.append(read_file(p, wanted, "", select, memory, notes))
+        except NothingSelected as e:
+            nothing[p.name] = e
+        except InputError as e:
+            if not wanted:
+                raise
+            has = read_file(p, [], "", select, memory, [])
+            some = [v for v in wanted if v in has[0].layout.names]
+            records.append(read_file(p, some, "", select, memory, notes) if some else has)
+            why += [e] * ("it has no '" not in str(e))  # it has, but not as it could be read
+    found = {v for r in records for v in r[0].layout.names}
+    if why and not found.issuperset(wanted):
+        raise why[0]
+    empty = [Path(r[0].pieces[0].source).name for r in records if not len(r[0])]
+    if empty:
+        notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
+    records = [r for r in records if len(r[0])]
+    if nothing and not records:
+        raise next(iter(nothing.values()))
+    if nothing:
+        names = ", ".join([*nothing][:5])
+        notes.append(f"files with nothing of --select are left out, {len(nothing)} of {len(files)}: {names}")
+    return records
+
+
 def read_folder(path, wanted, select, notes):
-    """The Records of the files and Zarr stores of a folder in order of their names, a list for each, of the
-    variables that are wanted or, where it has none of these, of all it has. A file with a single frame of
-    other variables than the rest holds fields that stand still, as a land-sea mask: they become extras of the
-    first record."""
+    """The Records of the files and Zarr stores of a folder in order of their names, a list for each. A file
+    with a single frame of other variables than the rest holds fields that stand still, as a land-sea mask:
+    they become extras of the first record."""
     kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
@@ -976,44 +1007,22 @@ def read_folder(path, wanted, select, notes):
     if twice:  # as sample.py writes them
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
-    records, nothing, memory = [], [], MEMORY / len(files)
-    for p in files:
-        try:
-            records.append(read_file(p, wanted, "", select, memory, notes))
-        except NothingSelected as e:
-            nothing.append(e)
-        except InputError:  # variables may lie in files of their own
-            if not wanted:
-                raise
-            has = read_file(p, [], "", select, memory, [])
-            some = [v for v in wanted if v in has[0].layout.names]
-            records.append(read_file(p, some, "", select, memory, notes) if some else has)
-    empty = [Path(r[0].pieces[0].source).name for r in records if not len(r[0])]
-    if empty:
-        notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
-    records = [r for r in records if len(r[0])]
-    if nothing and not records:
-        raise nothing[0]
-    if nothing:
-        notes.append(f"{len(nothing)} of {len(files)} files have nothing of --select={select}: left out")
-    longest = max((r[0] for r in records if len(r[0]) > 1), key=len, default=None)
-    names = wanted or (longest and longest.layout.names)
+    records = read_files(files, wanted, select, notes)
+    names = wanted or [v for r in records if len(r[0]) > 1 for v in r[0].layout.names]
     single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
     still = [r for r in single if names and not {*r.layout.names} <= {*names}]
     records = [r for r in records if r[0] not in still]
     found = {v: None for r in records for v in r[0].layout.names}
     lacking = [v for v in wanted if v not in found and all(r[0].layout.named for r in records)]
-    if lacking:
-        has = f"they have {', '.join(found)}" if found else "each holds a field that stands still"
-        raise InputError(f"no file of the folder {path} has {', '.join(lacking)}; {has}")
+    has = f"they have {', '.join(found)}" if found else "each holds a field that stands still"
+    require(not lacking or not (records or still), f"no file of {path} has {', '.join(lacking)}; {has}")
     for r in still:
         source, names = r.pieces[0].source, r.layout.names
         first = records[0][0]
         r = r.fit_to(first.layout, source, told=True, reference=first.pieces[0].source)
         first.extras |= {k: r.frames(0, 1, [k])[0, 0] for k in names}
-        notes.append(
-            f"{source} is one frame of {', '.join(names)}, which stands still: --condition may name it"
-        )
+        which = f"{source} is one frame of {', '.join(names)}, which stands still"
+        notes.append(f"{which}: --condition may name it")
     return records
 
 
@@ -1097,19 +1106,35 @@ def by_variables(files):
 
 
 def merged(records, wanted):
-    """One Record of Records that hold different variables: of the frames that all have. What is not wanted
-    may be told. Raises InputError where they have another grid, step or calendar, or no frame in common."""
-    first, sources = records[0], [r.pieces[0].source for r in records]
-    for i in range(1, len(records)):  # rows and columns in one order
-        records[i] = records[i].fit_to(first.layout, sources[i], told=True, reference=sources[0])
-    times = [[*zip(r.member.tolist(), r.hours.round(6).tolist())] for r in records]
-    common = {*times[0]}.intersection(*times[1:])
-    if not common:
-        mend = "have no time in common: give each a folder of its own"
-        raise InputError(f"{' and '.join(sources)} hold different variables and {mend}")
+    """One Record of Records that hold different variables: of the frames that all of those wanted have (all,
+    if none is named). Others that cover these frames may be told. Raises InputError where those wanted differ
+    in grid, step or calendar, or have no frame in common."""
+
+    def asked(r):
+        return not wanted or not {*wanted}.isdisjoint(r.layout.names)
+
+    def times(r):
+        return [*zip(r.member.tolist(), r.hours.round(6).tolist())]
+
+    first, *others = sorted(records, key=lambda r: not asked(r))
+    parts, common, notes, reference = [first], {*times(first)}, [*first.notes], first.pieces[0].source
+    for r in others:
+        source = r.pieces[0].source
+        lost = common.difference(times(r))
+        try:
+            require(r.layout.dated == first.layout.dated, f"only one of {source} and {reference} has dates")
+            enough = len(lost) < len(common) if asked(r) else not lost
+            require(enough, f"{source} has other times than {reference}: select or resample them")
+            parts.append(r.fit_to(first.layout, source, told=True, reference=reference))
+        except InputError as e:
+            if asked(r):
+                raise
+            notes.append(f"left out: {e}")
+            continue
+        common -= lost
     arrays, attrs, extras = {}, {}, {}
-    for r, t in zip(records, times):
-        at = np.array([i for i, k in enumerate(t) if k in common])
+    for r in parts:
+        at = np.array([i for i, k in enumerate(times(r)) if k in common])
         part = replace(r, index=r.index[at], hours=r.hours[at], member=r.member[at])
         moving = [k for k, v in r.extras.items() if isinstance(v, Told)]
         arrays |= {k: Told(part, k) for k in (*r.layout.names, *moving)}
@@ -1117,9 +1142,9 @@ def merged(records, wanted):
         extras |= {k: v[at] if v.ndim == 1 else v for k, v in r.extras.items() if v.ndim < 3}
     names = wanted or [*attrs]
     layout = replace(first.layout, names=names, attrs=[attrs[n] for n in names])
-    note = f"{', '.join(attrs)} lie in files of their own, which have {len(common)} frames in common"
-    piece, notes = Piece(arrays, sources[0]), [*first.notes, note]
-    return Record(layout, [piece], part.hours, extras, member=part.member, notes=notes)
+    counts = ", ".join(f"{len(r)} of {' and '.join(r.layout.names)}" for r in parts)
+    notes.append(f"variables lie in files of their own, frames: {counts}; {len(common)} are those of all")
+    return Record(layout, [Piece(arrays, reference)], part.hours, extras, member=part.member, notes=notes)
 
 
 def open_record(dataset, variables="", size=32, seed=0, select=""):

@@ -1376,7 +1376,7 @@ def test_variables_may_lie_in_files_of_their_own(tmp_path):
     r = data.open_record(apart(tmp_path), "t2m,pr")
     np.testing.assert_array_equal(r.frames(0, len(r)), np.stack([FIELD, 2 * FIELD])[:, 4:20, ::-1])
     assert r.hours[0] - data.open_record(tmp_path / "t2m_1.nc").hours[0] == 4
-    assert any("have 16 frames in common" in note for note in r.notes)
+    assert any("20 of pr, 20 of t2m; 16 are those of all" in note for note in r.notes)
 
 
 def test_files_without_what_is_selected_are_left_out(tmp_path):
@@ -1385,14 +1385,26 @@ def test_files_without_what_is_selected_are_left_out(tmp_path):
     part(slice(0)).to_netcdf(tmp_path / "empty.nc")
     r = data.open_record(tmp_path, select="time=2020-01-01T14:2020-01-01T20")
     np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[14:21])
-    assert "1 of 3 files have nothing of" in " ".join(r.notes)
+    assert "left out, 1 of 3: a.nc" in " ".join(r.notes)
     assert "finds nothing: time has 2020" in refusal(tmp_path, select="time=1999")
 
 
-def test_a_variable_in_files_of_its_own_may_be_told(tmp_path):
-    r = data.open_record(apart(tmp_path), "t2m")
-    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[4:20, ::-1])
-    np.testing.assert_array_equal(r.extras["pr"][3], 2 * FIELD[7, ::-1])
+def test_variables_that_are_not_wanted_may_be_told_if_they_have_all_frames(tmp_path):
+    dataset(2 * FIELD, name="pr").isel(lat=BACKWARDS).to_netcdf(tmp_path / "pr.nc")
+    dataset(name="sst").isel(time=slice(3)).to_netcdf(tmp_path / "sst.nc")
+    part(slice(20)).to_netcdf(tmp_path / "t2m.nc")
+    r = data.open_record(tmp_path, "t2m")
+    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[:20])
+    np.testing.assert_array_equal(r.extras["pr"][3], 2 * FIELD[3])
+    assert "sst" not in r.extras and any("left out" in n and "sst.nc" in n for n in r.notes)
+
+
+def test_the_last_frame_of_a_variable_may_lie_in_a_file_of_its_own(tmp_path):
+    part().to_netcdf(tmp_path / "t2m.nc")
+    for i, of in enumerate((slice(23), slice(23, 24))):
+        dataset(2 * FIELD, name="pr").isel(time=of).to_netcdf(tmp_path / f"pr_{i}.nc")
+    r = data.open_record(tmp_path)
+    np.testing.assert_array_equal(r.frames(0, len(r)), np.stack([2 * FIELD, FIELD]))
 
 
 def test_frames_without_a_time_are_left_out(tmp_path):
@@ -1606,6 +1618,11 @@ def other_fields(folder):
     part(slice(1)).to_netcdf(folder / "a.nc")
 
 
+def of_two_kinds(path):
+    path.mkdir()
+    levels().assign(sp=levels()["z"].isel(plev=0, drop=True)).to_netcdf(path / "a.nc")
+
+
 def elsewhen(path):
     path.mkdir()
     part(slice(12)).to_netcdf(path / "t2m.nc")
@@ -1644,8 +1661,9 @@ REFUSED = {  # what writes a path or makes a Dataset, settings, words of the mes
     "folders": (lambda p: (p / "2019").mkdir(parents=True), "", "holds nothing.*2019 is a folder: give its"),
     "one_frame_each": (one_frame_each, "", "have no order"),
     "two_places": (two_places, "", "b.nc has lat 40 to 36; .*a.nc has 60 to 56"),
-    "other": (lambda p: other_fields(p), "variables=pr", "no file of the folder .*other has pr"),
-    "apart": (lambda p: elsewhen(p), "", "t2m.nc hold different variables and have no time in common"),
+    "other": (lambda p: other_fields(p), "variables=pr", "no file of .*other has pr"),
+    "apart": (lambda p: elsewhen(p), "", "t2m.nc has other times than .*pr.nc"),
+    "levels": (lambda p: of_two_kinds(p), "variables=z", "choose with --select=plev=500"),
     "two_calendars": (two_calendars, "", "b.nc has .*calendar noleap; .*a.nc has standard"),
     "time.nc": (lambda p: dataset(name="realization"), "", "'realization', and written samples"),
     "no_time.nc": (lambda p: dataset().rename(time="band").drop_vars("band"), "", r"rename\(band='time'\)"),
