@@ -126,7 +126,7 @@ TOGETHER = 512  # cells of time and x whose covariance is taken together; beyond
 LEAST = 1e-6  # variance of a mode, at least
 NEARLY = 0.02  # standard deviations within which what is observed exactly is met, before it is put right
 ROUNDS = 10  # of filling and fitting where data are missing
-FEWEST, SOME, VALUES = 20, 500, 4_000_000  # clips at least, at most, and values at most, but in the last two
+FEWEST, SOME, VALUES = 20, 500, 4_000_000  # clips at least, at most, values at most, but in the last two
 
 
 def rotate(x, dims, M):
