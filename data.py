@@ -977,7 +977,8 @@ def read_files(files, wanted, select, notes):
             has = read_file(p, [], "", select, memory, [])
             some = [v for v in wanted if v in has[0].layout.names]
             records.append(read_file(p, some, "", select, memory, notes) if some else has)
-            why += [e] * ("it has no '" not in str(e))  # it has, but not as it could be read
+            if "it has no '" not in str(e):  # it has what is wanted, but not as it could be read
+                why.append(e)
     found = {v for r in records for v in r[0].layout.names}
     if why and not found.issuperset(wanted):
         raise why[0]
@@ -1096,7 +1097,7 @@ def join(parts, notes):
 
 
 def by_variables(files):
-    """The Records of files, apart by their variables if no two files share one but not all: as CMIP's."""
+    """The Records of files in groups of the same variables; one group if a variable would be in two."""
     groups = {}
     for records in files:
         groups.setdefault(tuple(records[0].layout.names), []).append(records)
