@@ -12,6 +12,7 @@ import re
 import time
 import warnings
 import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -36,6 +37,10 @@ class InputError(ValueError):
 
 class NothingSelected(InputError):
     """A file has nothing of the times that --select asks for; another file of the folder may have it."""
+
+
+class NoSuchVariable(InputError):
+    """A file has no variable of a name that is wanted; another file of the folder may have it."""
 
 
 def require(condition, message):
@@ -824,15 +829,23 @@ def times_of(ds, tdim, n):
     return fallback
 
 
-def selected(ds, select, notes):
+def selected(ds, select, notes, path, lacking=None):
     """What `name=value` (the nearest) and `name=low:high`, comma-separated, choose of a Dataset, still
-    unread. Times are chosen by dates, longitudes from west to east."""
-    likely = likely_axes(ds)
+    unread. Times are chosen by dates, longitudes from west to east. lacking: a set to which (path, name) of a
+    dimension that it does not have is added, as a mask in a folder has no levels; None: it must have all."""
     for text in (t.strip() for t in select.split(",") if t.strip()):
         name, equals, chosen = (part.strip() for part in text.partition("="))
         ends = [end.strip() for end in re.split(r"(?<!T\d\d):|:(?=\d{4}-)", chosen)]  # T12:00 is one time
+        if name in ds.coords and name not in ds.dims and ds[name].ndim == 0:
+            ds = ds.expand_dims(name)  # a single time or level
+        likely = likely_axes(ds)
+        timed = likely["T"] and re.fullmatch(AXES["T"][1], name.lower())  # under another name
+        if equals and name not in ds.dims and lacking is not None and not timed:
+            lacking.add((str(path), name))
+            continue
         if not equals or name not in ds.dims or len(ends) > 2:
-            raise InputError(f"--select={text} is no name=value or name=low:high of {', '.join(ds.dims)}")
+            has = f"name=low:high of {', '.join(ds.dims)}, the dimensions of {path}"
+            raise InputError(f"--select={text} is no name=value or {has}")
         values, n = ds[name].values, ds.sizes[name]
         if not n:  # a file without frames
             continue
@@ -907,9 +920,11 @@ def choose(path, ds, wanted, bare):
     if bare and len(wanted) == len(usable) and not {*wanted} <= usable.keys():
         usable = dict(zip(wanted, usable.values()))  # a bare array takes the names that are given
     names = wanted or list(usable)
+    has = f"it has {', '.join(usable) or 'no field of time, y, x'}"
     for v in names:
-        why = refused.get(v, f"it has no '{v}'")
-        require(v in usable, f"{path}: {why}; it has {', '.join(usable) or 'no field of time, y, x'}")
+        require(v not in refused, f"{path}: {refused.get(v)}; {has}")
+        if v not in usable:
+            raise NoSuchVariable(f"{path}: it has no '{v}'; {has}")
     why = refused[max(refused, key=lambda k: ds[k].ndim)] if refused else "it has no variables"
     require(names, f"{path} has no field of time, y, x: {why}")
     grid = usable[names[0]].sizes
@@ -919,13 +934,14 @@ def choose(path, ds, wanted, bare):
     return names, {k: f for k, f in usable.items() if f.sizes == grid}
 
 
-def read_file(path, wanted, group, select, memory, notes):
-    """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk."""
+def read_file(path, wanted, group, select, memory, notes, lacking=None):
+    """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk.
+    lacking: see `selected`."""
     kind = kind_of(path)
     require(kind in KINDS, f"{path} {kind}")
     require(xr, f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
     ds = numpy_dataset(path, wanted, notes) if kind == "numpy" else open_dataset(path, group)
-    ds = selected(ds, select, notes)
+    ds = selected(ds, select, notes, path, lacking)
     bare = kind == "numpy" and len(ds.variables) == 1
     names, fields = choose(path, ds, wanted, bare)
     first = fields[names[0]]
@@ -965,28 +981,37 @@ def read_file(path, wanted, group, select, memory, notes):
 def read_files(files, wanted, select, notes):
     """The Records of each file that has frames: of the variables that are wanted or, where it has none of
     these, of all it has, as what a model is told may lie in a file of its own."""
-    records, nothing, why, memory = [], {}, [], MEMORY / len(files)
+    records, nothing, why, lacking = [], {}, [], set()
+
+    def read(p, names, notes):
+        return read_file(p, names, "", select, MEMORY / len(files), notes, lacking)
+
     for p in files:
         try:
-            records.append(read_file(p, wanted, "", select, memory, notes))
+            records.append(read(p, wanted, notes))
         except NothingSelected as e:
             nothing[p.name] = e
         except InputError as e:
             if not wanted:
                 raise
-            has = read_file(p, [], "", select, memory, [])
+            has = read(p, [], [])
             some = [v for v in wanted if v in has[0].layout.names]
-            records.append(read_file(p, some, "", select, memory, notes) if some else has)
-            if "it has no '" not in str(e):  # it has what is wanted, but not as it could be read
+            records.append(read(p, some, notes) if some else has)
+            if not isinstance(e, NoSuchVariable):  # it has what is wanted, but not as it could be read
                 why.append(e)
     found = {v for r in records for v in r[0].layout.names}
     if why and not found.issuperset(wanted):
         raise why[0]
+    for source, name in sorted(lacking):
+        some = {p for p, n in lacking if n == name} < {*map(str, files)}
+        require(some, f"--select={name}=...: no file of the folder has a dimension {name}")
+        notes.append(f"{source} has no dimension {name} and is read as it is")
     empty = [Path(r[0].pieces[0].source).name for r in records if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
     records = [r for r in records if len(r[0])]
-    if nothing and not records:
+    timeless = {p for p, name in lacking if re.fullmatch(AXES["T"][1], name.lower())}
+    if nothing and all(r[0].pieces[0].source in timeless for r in records):
         raise next(iter(nothing.values()))
     if nothing:
         names = ", ".join([*nothing][:5])
@@ -1009,7 +1034,8 @@ def read_folder(path, wanted, select, notes):
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
     records = read_files(files, wanted, select, notes)
-    names = wanted or [v for r in records if len(r[0]) > 1 for v in r[0].layout.names]
+    held = Counter(v for r in records for v in r[0].layout.names)
+    names = wanted or [v for r in records for v in r[0].layout.names if len(r[0]) > 1 or held[v] > 1]
     single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
     still = [r for r in single if names and not {*r.layout.names} <= {*names}]
     records = [r for r in records if r[0] not in still]

@@ -1859,6 +1859,36 @@ def test_a_field_that_stands_still_may_lie_in_a_file_of_its_own(tmp_path, name, 
     np.testing.assert_array_equal(r.extras["lsm"], np.arange(30.0).reshape(5, 6))
 
 
+def with_mask(folder, stems, files):
+    """A folder of such files and of a mask without time and levels."""
+    for stem, ds in zip(stems, files):
+        ds.to_netcdf(folder / f"{stem}.nc")
+    part(0).drop_vars("time").rename(t2m="lsm").to_netcdf(folder / "lsm.nc")
+    return folder
+
+
+def test_a_mask_in_a_folder_may_lack_what_is_selected(tmp_path):
+    with_mask(tmp_path, ["z"], [levels().assign_coords(lon=part().lon)])
+    r = data.open_record(tmp_path, select="plev=500,time=2020-01-01T05:2020-01-01T07")
+    np.testing.assert_array_equal(r.frames(0, 3)[0], levels()["z"].sel(plev=500).values[5:8])
+    assert len(r) == 3 and (r.extras["lsm"] == FIELD[0]).all()
+    assert sum("lsm.nc has no dimension" in note for note in r.notes) == 2
+
+
+def test_files_of_a_single_time_are_selected_by_it(tmp_path):
+    with_mask(tmp_path, range(24), map(part, range(24)))
+    r = data.open_record(tmp_path, select="time=2020-01-01T05:2020-01-01T07")
+    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[5:8])
+    assert (r.extras["lsm"] == FIELD[0]).all()
+
+
+@pytest.mark.parametrize(
+    "select,message", [("lvl=500", "no file of .* dimension lvl"), ("time=1999", "finds")]
+)
+def test_what_no_file_of_a_folder_has_is_refused(tmp_path, select, message):
+    assert re.search(message, refusal(with_mask(tmp_path, ["a"], [part()]), select=select))
+
+
 def test_a_still_field_on_another_grid_is_refused_by_the_names_of_both_files(tmp_path):
     part().to_netcdf(tmp_path / "t2m.nc")
     part(0, lat=slice(3)).rename(t2m="lsm").to_netcdf(tmp_path / "lsm.nc")

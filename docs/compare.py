@@ -6,6 +6,7 @@
     python docs/compare.py samplers                                             # one network, many samplers
     python docs/compare.py networks --minutes=15                                # U-Net and transformer
     python docs/compare.py widths --train=--size=16 --minutes=4 --jobs=2        # how wide in so little time
+    python docs/compare.py transforms --train=--size=16 --minutes=3 --jobs=2    # of rain
 
 Run from the repository's root, with nothing else running. Everything goes to out-compare/, a folder a row and
 seed; what is there is not made again, so an interrupted table goes on where it stopped. Means over seeds
@@ -82,6 +83,7 @@ RECIPES = {
     },
     "networks": {"U-Net": Recipe(), "transformer": Recipe("--network=dit")},
     "widths": {f"width {n}": Recipe(f"--width={n}") for n in (16, 32, 48, 64, 96)},
+    "transforms": {t: Recipe(f"--transform={t}") for t in ("cbrt", "sqrt", "log", "quantile", "censored")},
     "samplers": {
         "dpmpp_mixed 64": Recipe(),
         "dpmpp_sde 64": Recipe(sample="--sampler=dpmpp_sde"),
