@@ -12,7 +12,6 @@ import re
 import time
 import warnings
 import zlib
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -829,30 +828,30 @@ def times_of(ds, tdim, n):
     return fallback
 
 
-def selected(ds, select, notes, path, lacking=None):
+def selected(ds, select, notes, path, alone=True):
     """What `name=value` (the nearest) and `name=low:high`, comma-separated, choose of a Dataset, still
-    unread. Times are chosen by dates, longitudes from west to east. lacking: a set to which (path, name) of a
-    dimension that it does not have is added, as a mask in a folder has no levels; None: it must have all."""
+    unread. Times are chosen by dates, longitudes from west to east. In a folder (not alone) a file without
+    any time, as a land-sea mask, may lack times, levels and members, and is then read whole."""
+    likely = likely_axes(ds)
+    whole = not alone and not likely["T"] and times_of(ds, None, 1)[1] in UNDATED
     for text in (t.strip() for t in select.split(",") if t.strip()):
         name, equals, chosen = (part.strip() for part in text.partition("="))
         ends = [end.strip() for end in re.split(r"(?<!T\d\d):|:(?=\d{4}-)", chosen)]  # T12:00 is one time
-        if name in ds.coords and name not in ds.dims and ds[name].ndim == 0:
-            ds = ds.expand_dims(name)  # a single time or level
-        likely = likely_axes(ds)
-        timed = likely["T"] and re.fullmatch(AXES["T"][1], name.lower())  # under another name
-        if equals and name not in ds.dims and lacking is not None and not timed:
-            lacking.add((str(path), name))
+        horizontal = any(re.fullmatch(AXES[axis][1], name.lower()) for axis in "YX")
+        if whole and equals and name not in ds.variables and name not in ds.dims and not horizontal:
+            notes.append(f"{path} has no time and no {name}: --select={text} does not apply to it")
             continue
         if not equals or name not in ds.dims or len(ends) > 2:
-            has = f"name=low:high of {', '.join(ds.dims)}, the dimensions of {path}"
-            raise InputError(f"--select={text} is no name=value or {has}")
+            dims = ", ".join(ds.dims)
+            raise InputError(f"{path}: --select={text} is no name=value or name=low:high of {dims}")
         values, n = ds[name].values, ds.sizes[name]
         if not n:  # a file without frames
             continue
         hours, calendar = times_of(ds, name, n) if name in likely["T"] else (None, "none")
         try:
             if calendar not in UNDATED:
-                order, values = np.argsort(hours), cftime.num2date(hours, EPOCH, calendar)
+                order = np.argsort(hours)[: np.isfinite(hours).sum()]  # a missing time comes last
+                values = cftime.num2date(np.nan_to_num(hours), EPOCH, calendar)
                 series = xr.DataArray(order, {name: xr.CFTimeIndex(values[order])}, [name])
                 at = np.sort(series.sel({name: slice(*ends) if len(ends) == 2 else ends[0]}), axis=None)
             elif values.dtype.kind in "SUOT":
@@ -864,7 +863,7 @@ def selected(ds, select, notes, path, lacking=None):
             at = []
         if not len(at):
             kind = NothingSelected if name in likely["T"] else InputError
-            raise kind(f"--select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
+            raise kind(f"{path}: --select={text} finds nothing: {name} has {values[0]} to {values[-1]}")
         notes.append(f"selected: {name} {values[at[0]]} to {values[at[-1]]}, {len(at)} of {n}")
         ds = ds.isel({name: slice(at[0], at[-1] + 1) if (np.diff(at) == 1).all() else at})
     return ds
@@ -934,14 +933,14 @@ def choose(path, ds, wanted, bare):
     return names, {k: f for k, f in usable.items() if f.sizes == grid}
 
 
-def read_file(path, wanted, group, select, memory, notes, lacking=None):
+def read_file(path, wanted, group, select, memory, notes, alone=True):
     """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk.
-    lacking: see `selected`."""
+    alone: no other file is read with it, see `selected`."""
     kind = kind_of(path)
     require(kind in KINDS, f"{path} {kind}")
     require(xr, f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
     ds = numpy_dataset(path, wanted, notes) if kind == "numpy" else open_dataset(path, group)
-    ds = selected(ds, select, notes, path, lacking)
+    ds = selected(ds, select, notes, path, alone)
     bare = kind == "numpy" and len(ds.variables) == 1
     names, fields = choose(path, ds, wanted, bare)
     first = fields[names[0]]
@@ -981,10 +980,10 @@ def read_file(path, wanted, group, select, memory, notes, lacking=None):
 def read_files(files, wanted, select, notes):
     """The Records of each file that has frames: of the variables that are wanted or, where it has none of
     these, of all it has, as what a model is told may lie in a file of its own."""
-    records, nothing, why, lacking = [], {}, [], set()
+    records, nothing, why = [], {}, []
 
     def read(p, names, notes):
-        return read_file(p, names, "", select, MEMORY / len(files), notes, lacking)
+        return read_file(p, names, "", select, MEMORY / len(files), notes, alone=False)
 
     for p in files:
         try:
@@ -1002,16 +1001,11 @@ def read_files(files, wanted, select, notes):
     found = {v for r in records for v in r[0].layout.names}
     if why and not found.issuperset(wanted):
         raise why[0]
-    for source, name in sorted(lacking):
-        some = {p for p, n in lacking if n == name} < {*map(str, files)}
-        require(some, f"--select={name}=...: no file of the folder has a dimension {name}")
-        notes.append(f"{source} has no dimension {name} and is read as it is")
     empty = [Path(r[0].pieces[0].source).name for r in records if not len(r[0])]
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
     records = [r for r in records if len(r[0])]
-    timeless = {p for p, name in lacking if re.fullmatch(AXES["T"][1], name.lower())}
-    if nothing and all(r[0].pieces[0].source in timeless for r in records):
+    if nothing and not any(r[0].layout.dated or len(r[0]) > 1 for r in records):  # but what stands still
         raise next(iter(nothing.values()))
     if nothing:
         names = ", ".join([*nothing][:5])
@@ -1034,8 +1028,7 @@ def read_folder(path, wanted, select, notes):
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
     records = read_files(files, wanted, select, notes)
-    held = Counter(v for r in records for v in r[0].layout.names)
-    names = wanted or [v for r in records for v in r[0].layout.names if len(r[0]) > 1 or held[v] > 1]
+    names = wanted or [v for r in records if len(r[0]) > 1 for v in r[0].layout.names]
     single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
     still = [r for r in single if names and not {*r.layout.names} <= {*names}]
     records = [r for r in records if r[0] not in still]

@@ -1407,11 +1407,12 @@ def test_the_last_frame_of_a_variable_may_lie_in_a_file_of_its_own(tmp_path):
     np.testing.assert_array_equal(r.frames(0, len(r)), np.stack([2 * FIELD, FIELD]))
 
 
-def test_frames_without_a_time_are_left_out(tmp_path):
+@pytest.mark.parametrize("select,left", [("", 23), ("time=2020-01-01T05:2020-01-01T09", 4)])
+def test_frames_without_a_time_are_left_out(tmp_path, select, left):
     time = hourly()
     time[7] = "NaT"
-    r = opened(tmp_path, dataset(time=time))
-    assert len(r) == 23 and np.flatnonzero(r.gaps()).tolist() == [6]
+    r = opened(tmp_path, dataset(time=time), select=select)
+    assert len(r) == left and r.gaps().sum() == 1
 
 
 def test_two_frames_of_one_time_are_refused(tmp_path):
@@ -1859,34 +1860,40 @@ def test_a_field_that_stands_still_may_lie_in_a_file_of_its_own(tmp_path, name, 
     np.testing.assert_array_equal(r.extras["lsm"], np.arange(30.0).reshape(5, 6))
 
 
-def with_mask(folder, stems, files):
-    """A folder of such files and of a mask without time and levels."""
-    for stem, ds in zip(stems, files):
-        ds.to_netcdf(folder / f"{stem}.nc")
-    part(0).drop_vars("time").rename(t2m="lsm").to_netcdf(folder / "lsm.nc")
-    return folder
+def of_levels(lat=slice(None)):
+    """Levels on the grid of `part`."""
+    return levels().assign_coords(lon=part().lon).isel(lat=lat)
 
 
-def test_a_mask_in_a_folder_may_lack_what_is_selected(tmp_path):
-    with_mask(tmp_path, ["z"], [levels().assign_coords(lon=part().lon)])
+def test_a_mask_in_a_folder_may_lack_the_levels_and_times_that_are_selected(tmp_path):
+    of_levels().to_netcdf(tmp_path / "z.nc")
+    part(0).drop_vars("time").rename(t2m="lsm").to_netcdf(tmp_path / "lsm.nc")
     r = data.open_record(tmp_path, select="plev=500,time=2020-01-01T05:2020-01-01T07")
-    np.testing.assert_array_equal(r.frames(0, 3)[0], levels()["z"].sel(plev=500).values[5:8])
-    assert len(r) == 3 and (r.extras["lsm"] == FIELD[0]).all()
-    assert sum("lsm.nc has no dimension" in note for note in r.notes) == 2
+    np.testing.assert_array_equal(r.frames(0, len(r))[0], of_levels()["z"].sel(plev=500).values[5:8])
+    np.testing.assert_array_equal(r.extras["lsm"], FIELD[0])
+    assert sum("does not apply to it" in note for note in r.notes) == 2
 
 
-def test_files_of_a_single_time_are_selected_by_it(tmp_path):
-    with_mask(tmp_path, range(24), map(part, range(24)))
-    r = data.open_record(tmp_path, select="time=2020-01-01T05:2020-01-01T07")
-    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD[5:8])
-    assert (r.extras["lsm"] == FIELD[0]).all()
+BESIDE_LEVELS = {  # select: a further file of the folder that it cannot be applied to, and is refused for it
+    "plev=500": lambda: part(),  # frames of their own
+    "plev=700": lambda: part(0).rename(t2m="lsm"),  # a date
+    "plev=850": lambda: part(0).drop_vars("time").rename(t2m="lsm").assign_coords(plev=500.0),
+    "lat=57:59": lambda: part(0).drop_vars("time").rename(t2m="lsm", lat="latitude"),
+    "lvl=500": lambda: part(0).drop_vars("time").rename(t2m="lsm"),
+}
 
 
-@pytest.mark.parametrize(
-    "select,message", [("lvl=500", "no file of .* dimension lvl"), ("time=1999", "finds")]
-)
-def test_what_no_file_of_a_folder_has_is_refused(tmp_path, select, message):
-    assert re.search(message, refusal(with_mask(tmp_path, ["a"], [part()]), select=select))
+@pytest.mark.parametrize("select", BESIDE_LEVELS)
+def test_a_selection_is_never_left_out_in_silence(tmp_path, select):
+    of_levels().to_netcdf(tmp_path / "z.nc")
+    BESIDE_LEVELS[select]().to_netcdf(tmp_path / "beside.nc")
+    assert re.search(rf"(beside|z)\.nc: --select={select} is no name=value", refusal(tmp_path, select=select))
+
+
+def test_nothing_selected_but_a_mask_is_refused(tmp_path):
+    part().to_netcdf(tmp_path / "a.nc")
+    part(0).drop_vars("time").rename(t2m="lsm").to_netcdf(tmp_path / "lsm.nc")
+    assert "a.nc: --select=time=1999 finds nothing" in refusal(tmp_path, select="time=1999")
 
 
 def test_a_still_field_on_another_grid_is_refused_by_the_names_of_both_files(tmp_path):
