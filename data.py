@@ -871,7 +871,7 @@ def selected(ds, select, notes, path, alone=True):
 
 def near(values, ends, circle):
     """Which values lie between two ends, or nearest to one; on a circle of 360 degrees from west to east."""
-    width = cell_width(values)
+    width = cell_width(values) if len(values) > 1 else 1e-3 * abs(values[0])
     if len(ends) == 1:
         far = distance(values, ends[0], 360 if circle else None)
         return [far.argmin()] if far.min() <= width else []
@@ -1015,8 +1015,8 @@ def read_files(files, wanted, select, notes):
 
 def read_folder(path, wanted, select, notes):
     """The Records of the files and Zarr stores of a folder in order of their names, a list for each. A file
-    with a single frame of other variables than the rest holds fields that stand still, as a land-sea mask:
-    they become extras of the first record."""
+    with a single frame of other variables than the rest holds fields that stand still, as a land-sea mask,
+    if no other file has other values of them: they become extras of the first record."""
     kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
@@ -1028,9 +1028,14 @@ def read_folder(path, wanted, select, notes):
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
     records = read_files(files, wanted, select, notes)
-    names = wanted or [v for r in records if len(r[0]) > 1 for v in r[0].layout.names]
     single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
-    still = [r for r in single if names and not {*r.layout.names} <= {*names}]
+
+    def moves(r):
+        twins = (s for s in single if s is not r and s.layout.names == r.layout.names)
+        return r not in single or any(not same_frames(r, s) for s in twins)
+
+    names = wanted or [v for r in records if moves(r[0]) for v in r[0].layout.names]
+    still = [r for r in single if names and not {*r.layout.names} <= {*names} and not moves(r)]
     records = [r for r in records if r[0] not in still]
     found = {v: None for r in records for v in r[0].layout.names}
     lacking = [v for v in wanted if v not in found and all(r[0].layout.named for r in records)]

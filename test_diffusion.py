@@ -1680,6 +1680,7 @@ REFUSED = {  # what writes a path or makes a Dataset, settings, words of the mes
     "depth.nc": (lambda p: levels(), "select=depth=3", "no name=value or name=low:high of time, plev"),
     "plev.nc": (lambda p: levels(), "select=plev", "no name=value"),
     "plev_10.nc": (lambda p: levels(), "select=plev=10", "plev=10 finds nothing: plev has 500.0 to 850.0"),
+    "one_level.nc": (lambda p: levels().isel(plev=[0]), "select=plev=500.9", "plev has 500.0 to 500.0"),
     "lat_a.nc": (lambda p: levels(), "select=lat=a:b", "lat has 60.0 to 56.0"),
     "1999.nc": (lambda p: levels(), "select=time=1999:2001", "nothing: time has 2020-01-01 00:00:00 to"),
 }
@@ -1894,6 +1895,24 @@ def test_nothing_selected_but_a_mask_is_refused(tmp_path):
     part().to_netcdf(tmp_path / "a.nc")
     part(0).drop_vars("time").rename(t2m="lsm").to_netcdf(tmp_path / "lsm.nc")
     assert "a.nc: --select=time=1999 finds nothing" in refusal(tmp_path, select="time=1999")
+
+
+def test_a_mask_may_lie_beside_files_of_a_single_frame(tmp_path):
+    for k in range(24):
+        part(k).to_netcdf(tmp_path / f"{k}.nc")
+    part(0).drop_vars("time").rename(t2m="lsm").to_netcdf(tmp_path / "lsm.nc")
+    r = data.open_record(tmp_path)
+    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD)
+    assert (r.extras["lsm"] == FIELD[0]).all()
+
+
+def test_what_moves_from_file_to_file_does_not_stand_still(tmp_path):
+    for k in range(24):
+        part(k).to_netcdf(tmp_path / f"t2m_{k}.nc")
+        dataset(2 * FIELD, name="pr").isel(time=k).to_netcdf(tmp_path / f"pr_{k}.nc")
+    r = data.open_record(tmp_path, "pr")
+    np.testing.assert_array_equal(r.frames(0, len(r))[0], 2 * FIELD)
+    assert (r.extras["t2m"][5] == FIELD[5]).all()
 
 
 def test_a_still_field_on_another_grid_is_refused_by_the_names_of_both_files(tmp_path):
