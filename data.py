@@ -1028,14 +1028,14 @@ def read_folder(path, wanted, select, notes):
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
     records = read_files(files, wanted, select, notes)
-    single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
-
-    def moves(r):
-        twins = (s for s in single if s is not r and s.layout.names == r.layout.names)
-        return r not in single or any(not same_frames(r, s) for s in twins)
-
-    names = wanted or [v for r in records if moves(r[0]) for v in r[0].layout.names]
-    still = [r for r in single if names and not {*r.layout.names} <= {*names} and not moves(r)]
+    single = {}
+    for r in records:
+        if len(r) == len(r[0]) == 1 and r[0].layout.named:
+            single.setdefault(tuple(r[0].layout.names), []).append(r[0])
+    alike = [rs for rs in single.values() if all(same_frames(rs[0], r) for r in rs)]
+    still = [r for rs in alike for r in rs]
+    names = wanted or [v for r in records if r[0] not in still for v in r[0].layout.names]
+    still = [r for r in still if names and not {*r.layout.names} <= {*names}]
     records = [r for r in records if r[0] not in still]
     found = {v: None for r in records for v in r[0].layout.names}
     lacking = [v for v in wanted if v not in found and all(r[0].layout.named for r in records)]
