@@ -828,18 +828,22 @@ def times_of(ds, tdim, n):
     return fallback
 
 
-def selected(ds, select, notes, path, alone=True):
+def selected(ds, select, notes, path, lacking=None):
     """What `name=value` (the nearest) and `name=low:high`, comma-separated, choose of a Dataset, still
-    unread. Times are chosen by dates, longitudes from west to east. In a folder (not alone) a file without
-    any time, as a land-sea mask, may lack times, levels and members, and is then read whole."""
+    unread. Times are chosen by dates, longitudes from west to east.
+
+    lacking: None, or a set for a file of a folder. If it holds nothing but undated fields of y and x, as a
+    land-sea mask does, it may lack other dimensions, and (path, name) of each is added.
+    """
     likely = likely_axes(ds)
-    whole = not alone and not likely["T"] and times_of(ds, None, 1)[1] in UNDATED
+    flat = not likely["T"] and all(v.squeeze().ndim <= 2 for v in ds.data_vars.values())
+    mask = lacking is not None and flat and times_of(ds, None, 1)[1] in UNDATED
     for text in (t.strip() for t in select.split(",") if t.strip()):
         name, equals, chosen = (part.strip() for part in text.partition("="))
         ends = [end.strip() for end in re.split(r"(?<!T\d\d):|:(?=\d{4}-)", chosen)]  # T12:00 is one time
         horizontal = any(re.fullmatch(AXES[axis][1], name.lower()) for axis in "YX")
-        if whole and equals and name not in ds.variables and name not in ds.dims and not horizontal:
-            notes.append(f"{path} has no time and no {name}: --select={text} does not apply to it")
+        if mask and equals and name not in ds.variables and name not in ds.dims and not horizontal:
+            lacking.add((str(path), name))
             continue
         if not equals or name not in ds.dims or len(ends) > 2:
             dims = ", ".join(ds.dims)
@@ -850,8 +854,9 @@ def selected(ds, select, notes, path, alone=True):
         hours, calendar = times_of(ds, name, n) if name in likely["T"] else (None, "none")
         try:
             if calendar not in UNDATED:
-                order = np.argsort(hours)[: np.isfinite(hours).sum()]  # a missing time comes last
-                values = cftime.num2date(np.nan_to_num(hours), EPOCH, calendar)
+                known = np.isfinite(hours)
+                order = np.argsort(hours)[: known.sum()]  # missing times come last
+                values = np.where(known, cftime.num2date(np.nan_to_num(hours), EPOCH, calendar), None)
                 series = xr.DataArray(order, {name: xr.CFTimeIndex(values[order])}, [name])
                 at = np.sort(series.sel({name: slice(*ends) if len(ends) == 2 else ends[0]}), axis=None)
             elif values.dtype.kind in "SUOT":
@@ -859,7 +864,7 @@ def selected(ds, select, notes, path, alone=True):
             else:
                 circle = name in likely["X"] and is_degrees(ds[name].attrs)
                 at = near(values.astype(np.float64), [float(e) for e in ends], circle)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):  # the last where no time is known
             at = []
         if not len(at):
             kind = NothingSelected if name in likely["T"] else InputError
@@ -933,14 +938,14 @@ def choose(path, ds, wanted, bare):
     return names, {k: f for k, f in usable.items() if f.sizes == grid}
 
 
-def read_file(path, wanted, group, select, memory, notes, alone=True):
+def read_file(path, wanted, group, select, memory, notes, lacking=None):
     """The Records of a file or Zarr store, one a member; fields of more than `memory` bytes stay on disk.
-    alone: no other file is read with it, see `selected`."""
+    lacking: see `selected`."""
     kind = kind_of(path)
     require(kind in KINDS, f"{path} {kind}")
     require(xr, f"reading {path} needs xarray: pip install xarray cf_xarray netCDF4 zarr cftime")
     ds = numpy_dataset(path, wanted, notes) if kind == "numpy" else open_dataset(path, group)
-    ds = selected(ds, select, notes, path, alone)
+    ds = selected(ds, select, notes, path, lacking)
     bare = kind == "numpy" and len(ds.variables) == 1
     names, fields = choose(path, ds, wanted, bare)
     first = fields[names[0]]
@@ -977,13 +982,23 @@ def read_file(path, wanted, group, select, memory, notes, alone=True):
     return records
 
 
+def check_lacking(lacking, records, nothing, notes):
+    """Refuse what --select asks of a folder if all that could be read of it are masks that lack it."""
+    for name in dict.fromkeys(name for _, name in lacking):
+        without = {path for path, n in lacking if n == name}
+        if without.issuperset(r[0].pieces[0].source for r in records):
+            what = f"--select={name}=...: no file of the folder has a dimension {name}"
+            raise next(iter(nothing.values()), InputError(what))
+        notes.append(f"no {name} in {', '.join(sorted(without))}: --select={name}=... leaves it as it is")
+
+
 def read_files(files, wanted, select, notes):
     """The Records of each file that has frames: of the variables that are wanted or, where it has none of
     these, of all it has, as what a model is told may lie in a file of its own."""
-    records, nothing, why = [], {}, []
+    records, nothing, why, lacking = [], {}, [], set()
 
     def read(p, names, notes):
-        return read_file(p, names, "", select, MEMORY / len(files), notes, alone=False)
+        return read_file(p, names, "", select, MEMORY / len(files), notes, lacking)
 
     for p in files:
         try:
@@ -1005,7 +1020,8 @@ def read_files(files, wanted, select, notes):
     if empty:
         notes.append(f"files without frames are left out: {', '.join(empty[:5])}")
     records = [r for r in records if len(r[0])]
-    if nothing and not any(r[0].layout.dated or len(r[0]) > 1 for r in records):  # but what stands still
+    check_lacking(lacking, records, nothing, notes)
+    if nothing and not records:
         raise next(iter(nothing.values()))
     if nothing:
         names = ", ".join([*nothing][:5])
@@ -1015,8 +1031,8 @@ def read_files(files, wanted, select, notes):
 
 def read_folder(path, wanted, select, notes):
     """The Records of the files and Zarr stores of a folder in order of their names, a list for each. A file
-    with a single frame of other variables than the rest holds fields that stand still, as a land-sea mask,
-    if no other file has other values of them: they become extras of the first record."""
+    with a single frame of other variables than the rest holds fields that stand still, as a land-sea mask:
+    they become extras of the first record."""
     kinds = {p: kind_of(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")}
     files = [p for p, kind in kinds.items() if kind in KINDS]
     others = [f"{p.name} {kind}" for p, kind in kinds.items() if kind not in KINDS]
@@ -1028,14 +1044,9 @@ def read_folder(path, wanted, select, notes):
         notes.append(f"{twice[0].name} is left out, {twice[0].stem}.nc is read")
         files = [p for p in files if p not in twice]
     records = read_files(files, wanted, select, notes)
-    single = {}
-    for r in records:
-        if len(r) == len(r[0]) == 1 and r[0].layout.named:
-            single.setdefault(tuple(r[0].layout.names), []).append(r[0])
-    alike = [rs for rs in single.values() if all(same_frames(rs[0], r) for r in rs)]
-    still = [r for rs in alike for r in rs]
-    names = wanted or [v for r in records if r[0] not in still for v in r[0].layout.names]
-    still = [r for r in still if names and not {*r.layout.names} <= {*names}]
+    names = wanted or [v for r in records if len(r[0]) > 1 for v in r[0].layout.names]
+    single = [r[0] for r in records if len(r) == len(r[0]) == 1 and r[0].layout.named]
+    still = [r for r in single if names and {*r.layout.names}.isdisjoint(names)]
     records = [r for r in records if r[0] not in still]
     found = {v: None for r in records for v in r[0].layout.names}
     lacking = [v for v in wanted if v not in found and all(r[0].layout.named for r in records)]

@@ -1682,6 +1682,11 @@ REFUSED = {  # what writes a path or makes a Dataset, settings, words of the mes
     "plev_10.nc": (lambda p: levels(), "select=plev=10", "plev=10 finds nothing: plev has 500.0 to 850.0"),
     "one_level.nc": (lambda p: levels().isel(plev=[0]), "select=plev=500.9", "plev has 500.0 to 500.0"),
     "lat_a.nc": (lambda p: levels(), "select=lat=a:b", "lat has 60.0 to 56.0"),
+    "no_times.nc": (
+        lambda p: dataset(time=[np.datetime64("NaT", "ns")] * 24),
+        "select=time=2020",
+        "has None to None",
+    ),
     "1999.nc": (lambda p: levels(), "select=time=1999:2001", "nothing: time has 2020-01-01 00:00:00 to"),
 }
 
@@ -1872,7 +1877,7 @@ def test_a_mask_in_a_folder_may_lack_the_levels_and_times_that_are_selected(tmp_
     r = data.open_record(tmp_path, select="plev=500,time=2020-01-01T05:2020-01-01T07")
     np.testing.assert_array_equal(r.frames(0, len(r))[0], of_levels()["z"].sel(plev=500).values[5:8])
     np.testing.assert_array_equal(r.extras["lsm"], FIELD[0])
-    assert sum("does not apply to it" in note for note in r.notes) == 2
+    assert sum("lsm.nc: --select=" in note for note in r.notes) == 2
 
 
 BESIDE_LEVELS = {  # select: a further file of the folder that it cannot be applied to, and is refused for it
@@ -1881,6 +1886,7 @@ BESIDE_LEVELS = {  # select: a further file of the folder that it cannot be appl
     "plev=850": lambda: part(0).drop_vars("time").rename(t2m="lsm").assign_coords(plev=500.0),
     "lat=57:59": lambda: part(0).drop_vars("time").rename(t2m="lsm", lat="latitude"),
     "lvl=500": lambda: part(0).drop_vars("time").rename(t2m="lsm"),
+    "number=0": lambda: part(slice(3)).drop_vars(["time", "lat", "lon"]).rename(time="dim_0", lat="dim_1"),
 }
 
 
@@ -1897,22 +1903,10 @@ def test_nothing_selected_but_a_mask_is_refused(tmp_path):
     assert "a.nc: --select=time=1999 finds nothing" in refusal(tmp_path, select="time=1999")
 
 
-def test_a_mask_may_lie_beside_files_of_a_single_frame(tmp_path):
-    for k in range(24):
-        part(k).to_netcdf(tmp_path / f"{k}.nc")
-    part(0).drop_vars("time").rename(t2m="lsm").to_netcdf(tmp_path / "lsm.nc")
-    r = data.open_record(tmp_path)
-    np.testing.assert_array_equal(r.frames(0, len(r))[0], FIELD)
-    assert (r.extras["lsm"] == FIELD[0]).all()
-
-
-def test_what_moves_from_file_to_file_does_not_stand_still(tmp_path):
-    for k in range(24):
-        part(k).to_netcdf(tmp_path / f"t2m_{k}.nc")
-        dataset(2 * FIELD, name="pr").isel(time=k).to_netcdf(tmp_path / f"pr_{k}.nc")
-    r = data.open_record(tmp_path, "pr")
-    np.testing.assert_array_equal(r.frames(0, len(r))[0], 2 * FIELD)
-    assert (r.extras["t2m"][5] == FIELD[5]).all()
+def test_a_single_frame_with_a_mask_in_its_file_does_not_stand_still(tmp_path):
+    part(slice(1, 24)).to_netcdf(tmp_path / "rest.nc")
+    part(slice(1)).assign(lsm=part(slice(1))["t2m"]).to_netcdf(tmp_path / "first.nc")
+    assert "choose --variables=t2m" in refusal(tmp_path)
 
 
 def test_a_still_field_on_another_grid_is_refused_by_the_names_of_both_files(tmp_path):
