@@ -19,6 +19,7 @@ from itertools import islice
 
 import torch
 from torch.nn.functional import avg_pool3d, logsigmoid, softplus
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
 # the forward process
@@ -172,7 +173,7 @@ class Gaussian:
         count = sum(len(x) for x in batches)
         some = min(SOME, max(FEWEST, VALUES // law.variances.numel()))
         step = max(1, count // some)
-        for i in range(ROUNDS):  # the finest modes take many
+        for i in tqdm(range(ROUNDS), "filling what is missing", leave=False):  # the finest modes take many
             of = islice(batches, 0, None, step if i < ROUNDS - 2 else 1)
             seeded = ((x, torch.Generator().manual_seed(k)) for k, x in enumerate(of))
             law = cls.fit_complete([law.fill(x, law.draw(x, generator)) for x, generator in seeded])
