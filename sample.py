@@ -1242,7 +1242,7 @@ def verify_samples(c, model, problem, x, folder):
     for i, variable in enumerate(model.codec.variables):
         how = {"floor": variable.floor, "dry": c.dry or variable.dry, "weights": layout.area()}
         law = None
-        if s.dataset == "climate" and not (paired or c.input) and layout.size == (s.size, s.size):
+        if s.dataset == "climate" and not paired and layout.size == (s.size, s.size):
             law = data.rain_law(s.size, frames, LEVELS, how["dry"])
         result = compare(clips[:, i], truth[:, i], exact=law, groups=groups, paired=paired, **how)
         report[variable.name] = result

@@ -3500,6 +3500,13 @@ def test_exact_rain_is_unbiased_against_its_law(trained):
     assert got.report["rain"]["rows"]["mean"]["values"][2] == pytest.approx(law["mean"])
 
 
+def test_what_follows_given_clips_is_compared_with_the_exact_law(own):
+    folder = own("dataset=climate size=8")
+    drawn(folder)
+    settings = f"task=extend length=8 input={folder}/samples/samples.nc verify=true"
+    assert len(drawn(folder, settings).report["rain"]["rows"]["mean"]["values"]) == 3
+
+
 # drawing
 
 
